@@ -1,0 +1,409 @@
+"""Convert a calibrated or trained quantized model into the integer graph.
+
+The only module that knows both sides.  BatchNorms are folded, weights become integers, real ratios become dyadic
+multipliers, and whatever accumulators cannot hold is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node
+from utils.integer_graph.movement import materialise
+from utils.integer_graph.ops import make_node, verify
+from utils.data_utils import normalize
+from utils.preprocess import Preprocess
+from utils.quantization_utils.dyadic import dyadic, dyadic16, dyadic_array
+from utils.quantization_utils.float_graph import Op
+from utils.quantization_utils.prepare import QuantizedModel
+from utils.quantization_utils.quant_modules import Quantizer
+
+MIN_RATIO = 2.0**-61
+INT32_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What an operator of the quantized model became: a node, and the real value of its integers' steps.
+
+    scale: float64 [1] or [C].  index: pending data movement on the node's elements, see ``movement``.
+    """
+
+    node: Node
+    scale: np.ndarray
+    index: Any = None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An operator whose result waits for the scale its quantizer gives it."""
+
+    finish: Callable[[str, Quantizer], Node]
+
+
+class _Converter:
+    def __init__(self, model: QuantizedModel, preprocess: Preprocess) -> None:
+        self.model, self.preprocess = model, preprocess
+        self.ops = {op.name: op for op in model.ops}
+        self.nodes: list[Node] = []
+        self.values: dict[str, Any] = {}
+
+    def emit(self, node: Node) -> Node:
+        self.nodes.append(node)
+        return node
+
+    def convert(self) -> list[Node]:
+        for op in self.model.ops:
+            self.values[op.name] = _HANDLERS[op.kind](self, op)
+        return self.nodes
+
+    def value(self, name: str) -> _Value:
+        """A finished input of an operator, its data movement carried out."""
+        value = self.values[name]
+        if isinstance(value, _Value) and value.index is not None:
+            node = materialise(value.node, value.index, name, self.emit)
+            if node is None:
+                op = self.ops[name]
+                raise UserError(
+                    f"the data movement {name!r} in module {op.path!r} is no channel selection, crop, pad, stride or "
+                    "repetition; it has no integer form"
+                )
+            value = self.values[name] = _Value(node, value.scale)
+        assert isinstance(value, _Value), f"{name} has no quantizer"
+        return value
+
+    def inputs(self, op: Op) -> list[_Value]:
+        return [self.value(name) for name in op.inputs if self.ops[name].kind != "host"]
+
+
+def _scalar(scale: Tensor) -> float:
+    return float(scale)
+
+
+def _clamp(quantizer: Quantizer) -> dict[str, Any]:
+    lo, hi = quantizer.bounds()
+    return {"lo": lo, "hi": hi, "bits": quantizer.bits, "signed": quantizer.signed}
+
+
+def _rounded(quantizer: Quantizer) -> dict[str, Any]:
+    return {"rounding": "up", **_clamp(quantizer)}
+
+
+def _ratios(source: _Value, quantizer: Quantizer) -> np.ndarray:
+    return np.maximum(source.scale / _scalar(quantizer.scale), MIN_RATIO)
+
+
+def _multipliers(source: _Value, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
+    """Multiplier int32 and shift uint8, one per entry of the source's scale; 15-bit ones for 16-bit operands."""
+    ratios = _ratios(source, quantizer)
+    if 8 < source.node.type.bits <= 16:
+        pairs = [dyadic16(float(r)) for r in ratios]
+        return np.array([m for m, _ in pairs], np.int32), np.array([e for _, e in pairs], np.uint8)
+    return dyadic_array(ratios, output_bits=quantizer.bits)
+
+
+# ---- one handler per kind of operator ------------------------------------------------------------------------------
+
+
+def _input(c: _Converter, op: Op) -> _Pending:
+    def finish(name: str, quantizer: Quantizer) -> Node:
+        table = _input_table(c.preprocess, quantizer)
+        attrs = {"shape": list(op.shape), "bits": quantizer.bits, "signed": quantizer.signed}
+        return make_node(name, "image", attrs=attrs, arrays={"table": table}, scale=_scalar(quantizer.scale))
+
+    return _Pending(finish)
+
+
+def _input_table(preprocess: Preprocess, quantizer: Quantizer) -> np.ndarray:
+    """int16 [C, 256]: what the quantizer makes of every possible pixel, by the very expression training uses."""
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1).expand(256, preprocess.channels, 1, 1)
+    real = normalize(pixels, preprocess)[:, :, 0, 0]
+    lo, hi = quantizer.bounds()
+    scale = quantizer.scale.cpu()
+    return (real * scale.reciprocal()).round().clamp(lo, hi).to(torch.int16).numpy().T
+
+
+def _layer(c: _Converter, op: Op) -> _Value:
+    source = c.inputs(op)[0]
+    layer: Any = op.module
+    parts = layer.integer_weights()
+    scale = parts.scale.double().cpu().numpy() * float(source.scale[0])
+    bias = np.rint(parts.bias.double().cpu().numpy() / scale)
+    if not np.isfinite(bias).all() or not np.isfinite(scale).all():
+        raise UserError(f"the weights of layer {op.attrs['layer']!r} are not finite; check them for NaN or infinity")
+    if np.abs(bias).max() > INT32_LIMIT:
+        raise UserError(f"the bias of layer {op.attrs['layer']!r} does not fit 32 bits at its scale; use more bits there")
+    arrays = {"weight": parts.weight.cpu().numpy(), "bias": bias.astype(np.int32)}
+    attrs = {"weight_bits": layer.bits, "layer": op.attrs["layer"], **_geometry(op, layer)}
+    name = "linear" if op.kind == "linear" else "conv2d"
+    try:
+        node = make_node(op.attrs["layer"], name, [source.node], attrs=attrs, arrays=arrays)
+    except ValueError as error:
+        raise UserError(f"layer {op.attrs['layer']!r} cannot be converted: {error}") from error
+    return _Value(c.emit(node), scale)
+
+
+def _geometry(op: Op, layer: Any) -> dict[str, Any]:
+    if op.kind == "linear":
+        return {}
+    if op.kind == "affine":
+        unit = [1, 1]
+        return {"stride": unit, "padding": [0] * 4, "dilation": unit, "groups": op.shape[0], "affine": True}
+    conv = layer.module
+    return {
+        "stride": list(conv.stride),
+        "padding": _padding(conv),
+        "dilation": list(conv.dilation),
+        "groups": conv.groups,
+    }
+
+
+def _padding(conv: torch.nn.Conv2d) -> list[int]:
+    """[top, bottom, left, right]; ``same`` puts the odd element behind, ``valid`` pads nothing."""
+    if isinstance(conv.padding, str):
+        totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [side for total in totals for side in (total // 2, total - total // 2)]
+    (rows, cols) = conv.padding
+    return [rows, rows, cols, cols]
+
+
+def _quantize(c: _Converter, op: Op) -> _Value:
+    quantizer = op.module
+    assert isinstance(quantizer, Quantizer)
+    source = c.values[op.inputs[0]]
+    if isinstance(source, _Pending):
+        node = source.finish(op.name, quantizer)
+    else:
+        value = c.value(op.inputs[0])
+        multiplier, shift = _multipliers(value, quantizer)
+        arrays = {"multiplier": multiplier, "shift": shift}
+        scale = _scalar(quantizer.scale)
+        node = make_node(op.name, "requantize", [value.node], attrs=_rounded(quantizer), arrays=arrays, scale=scale)
+    return _Value(c.emit(node), np.array([_scalar(quantizer.scale)]))
+
+
+def _joined(kind: str) -> Callable[[_Converter, Op], _Pending]:
+    """Sums and concats: every branch has its own multipliers."""
+
+    def handler(c: _Converter, op: Op) -> _Pending:
+        order = op.attrs.get("order", range(len(op.inputs)))
+        sources = [c.value(op.inputs[i]) for i in order] * op.attrs.get("repeat", 1)
+
+        def finish(name: str, quantizer: Quantizer) -> Node:
+            arrays = {}
+            for i, source in enumerate(sources):
+                arrays[f"multiplier{i}"], arrays[f"shift{i}"] = _multipliers(source, quantizer)
+            nodes = [source.node for source in sources]
+            return make_node(name, kind, nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale))
+
+        return _Pending(finish)
+
+    return handler
+
+
+def _mul(c: _Converter, op: Op) -> _Pending:
+    left, right = (c.inputs(op) * op.attrs.get("repeat", 1))[:2]
+
+    def finish(name: str, quantizer: Quantizer) -> Node:
+        ratio = max(float(left.scale[0] * right.scale[0]) / _scalar(quantizer.scale), MIN_RATIO)
+        m, e = dyadic(ratio, output_bits=quantizer.bits)
+        arrays = {"multiplier": np.array([m], np.int32), "shift": np.array([e], np.uint8)}
+        nodes = [left.node, right.node]
+        return make_node(name, "mul", nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale))
+
+    return _Pending(finish)
+
+
+def _avg_pool(c: _Converter, op: Op) -> _Pending:
+    source = c.inputs(op)[0]
+    windows = op.attrs["windows"]
+
+    def finish(name: str, quantizer: Quantizer) -> Node:
+        ratio = float(_ratios(source, quantizer)[0])
+        area = windows.area[:1, :1] if (windows.area == windows.area.flat[0]).all() else windows.area
+        multiplier, shift = dyadic_array(ratio / area, output_bits=quantizer.bits)
+        arrays = {"multiplier": multiplier.reshape(area.shape), "shift": shift.reshape(area.shape)}
+        sides = ("row_start", "row_stop", "col_start", "col_stop")
+        attrs = {**{s: list(getattr(windows, s)) for s in sides}, **_rounded(quantizer)}
+        scale = _scalar(quantizer.scale)
+        shape = (source.node.type.shape[0], len(windows.row_start), len(windows.col_start))
+        if shape == op.shape:
+            return make_node(name, "avg_pool", [source.node], attrs=attrs, arrays=arrays, scale=scale)
+        pooled = c.emit(make_node(f"{name}.window", "avg_pool", [source.node], attrs=attrs, arrays=arrays, scale=scale))
+        return make_node(name, "reshape", [pooled], attrs={"shape": list(op.shape)})
+
+    return _Pending(finish)
+
+
+def _function(c: _Converter, op: Op) -> _Pending:
+    source = c.inputs(op)[0]
+
+    def finish(name: str, quantizer: Quantizer) -> Node:
+        kind = source.node.type
+        steps = torch.arange(kind.lo, kind.hi + 1, dtype=torch.float32) * float(source.scale[0])
+        spatial = (1,) * (len(op.shape) - 1)
+        probe = steps.reshape(-1, 1, *spatial).expand(-1, op.shape[0], *spatial)
+        with torch.no_grad():
+            device = quantizer.x_min.device
+            result = op.run(probe.to(device).contiguous()).reshape(len(steps), op.shape[0]).cpu()
+        lo, hi = quantizer.bounds()
+        table = (result * quantizer.scale.cpu().reciprocal()).round().clamp(lo, hi).to(torch.int16).numpy().T
+        table = table[0] if (table == table[:1]).all() else table
+        attrs = {"offset": kind.lo, "bits": quantizer.bits, "signed": quantizer.signed}
+        scale = _scalar(quantizer.scale)
+        return make_node(name, "lookup", [source.node], attrs=attrs, arrays={"table": table}, scale=scale)
+
+    return _Pending(finish)
+
+
+def _island(c: _Converter, op: Op) -> _Pending:
+    source = c.inputs(op)[0]
+
+    def finish(name: str, quantizer: Quantizer) -> Node:
+        parameters = {k: v for k, v in op.attrs.items() if k != "function"}
+        attrs = {
+            "function": op.attrs["function"],
+            **parameters,
+            "input_scale": float(np.float32(source.scale[0])),
+            "inverse_scale": float(quantizer.scale.reciprocal()),
+            **_clamp(quantizer),
+        }
+        return make_node(name, "float_op", [source.node], attrs=attrs, scale=_scalar(quantizer.scale))
+
+    return _Pending(finish)
+
+
+def _clip(c: _Converter, op: Op) -> _Value:
+    source = c.inputs(op)[0]
+    limits = {}
+    for side, fallback in (("lo", source.node.type.lo), ("hi", source.node.type.hi)):
+        real = op.attrs[side]
+        bound = np.full(1, fallback) if real is None else np.rint(real / source.scale)
+        limits[side] = np.clip(bound, source.node.type.lo, source.node.type.hi).astype(np.int32)
+    limits["lo"], limits["hi"] = (a.copy() for a in np.broadcast_arrays(limits["lo"], limits["hi"]))
+    return _Value(c.emit(make_node(op.name, "clip", [source.node], arrays=limits)), source.scale)
+
+
+def _max_pool(c: _Converter, op: Op) -> _Value:
+    source = c.inputs(op)[0]
+    attrs = {k: op.attrs[k] for k in ("kernel", "stride", "padding", "dilation", "ceil_mode")}
+    return _Value(c.emit(make_node(op.name, "max_pool", [source.node], attrs=attrs)), source.scale)
+
+
+def _scale(c: _Converter, op: Op) -> _Value:
+    source = c.inputs(op)[0]
+    return _Value(source.node, source.scale * op.attrs["factor"])
+
+
+def _identity(c: _Converter, op: Op) -> Any:
+    return c.values[op.inputs[0]]
+
+
+TRACE_BATCH = 2
+
+
+def _host(c: _Converter, op: Op) -> Any:
+    """Arithmetic on the batch size, carried out for the two images that data movement is traced with."""
+    arguments = [c.values[i] for i in op.inputs]
+    return op.run(*[_element_numbers(a) if isinstance(a, (_Value, _Pending)) else a for a in arguments])
+
+
+def _element_numbers(value: Any) -> Tensor:
+    if isinstance(value, _Pending):
+        return torch.zeros(TRACE_BATCH, 1)
+    if value.index is not None:
+        return torch.from_numpy(np.stack([value.index] * TRACE_BATCH))
+    shape = value.node.type.shape
+    return torch.arange(int(np.prod(shape))).reshape(1, *shape).repeat(TRACE_BATCH, *([1] * len(shape)))
+
+
+def _move(c: _Converter, op: Op) -> Any:
+    """Run data movement on element numbers counted from 1, so that padded zeros show."""
+    source = next(c.values[i] for i in op.inputs if c.ops[i].kind != "host")
+    if isinstance(source, list):  # one part of a split
+        return op.run(source)
+    if source.scale.size > 1:
+        raise UserError(f"the data movement {op.name!r} in module {op.path!r} works on accumulators, which is not supported")
+    arguments = [_element_numbers(source) + 1.0 if c.ops[i].kind != "host" else c.values[i] for i in op.inputs]
+    result = op.run(*[a.double() if isinstance(a, Tensor) else a for a in arguments])
+    return _moved(source, result)
+
+
+def _moved(source: _Value, result: Any) -> Any:
+    if isinstance(result, (tuple, list)):
+        return [_moved(source, part) for part in result]
+    return _Value(source.node, source.scale, (result[0].numpy().round() - 1).astype(np.int64))
+
+
+def _output(c: _Converter, op: Op) -> _Value:
+    source = c.inputs(op)[0]
+    scale = source.scale.astype(np.float32)
+    return _Value(c.emit(make_node("logits", "logits", [source.node], arrays={"scale": scale})), source.scale)
+
+
+_HANDLERS: Mapping[str, Callable[[_Converter, Op], Any]] = {
+    "input": _input,
+    **dict.fromkeys(("conv", "linear", "affine"), _layer),
+    "quantize": _quantize,
+    "add": _joined("add"),
+    "concat": _joined("concat"),
+    "mul": _mul,
+    "avg_pool": _avg_pool,
+    "function": _function,
+    "island": _island,
+    "clip": _clip,
+    "max_pool": _max_pool,
+    "scale": _scale,
+    "identity": _identity,
+    "host": _host,
+    "move": _move,
+    "output": _output,
+}
+
+
+@torch.no_grad()
+def from_torch(
+    model: QuantizedModel,
+    preprocess: Preprocess,
+    *,
+    meta: Mapping[str, Any] | None = None,
+    strict_integer: bool = False,
+) -> Graph:
+    """The integer graph of a quantized model whose activation ranges are set.
+
+    preprocess: how uint8 pixels become the model's input; becomes the graph's input table.  meta: what to record
+    besides (arch, scheme, classes).  Raises UserError naming the layer whose accumulator cannot be proved to fit 32
+    bits, whose weights are not finite, or (``strict_integer``) the operators that stay in float.
+    """
+    if strict_integer and model.islands():
+        raise UserError(f"--strict-integer: these operators stay in float: {', '.join(model.islands())}")
+    model.eval()
+    nodes = _Converter(model, preprocess).convert()
+    graph = Graph(tuple(_live(nodes)), _meta(model, preprocess, meta or {}))
+    verify(graph)
+    return graph
+
+
+def _live(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes the logits depend on, in order."""
+    needed = {nodes[-1].name}
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.inputs)
+    return [node for node in nodes if node.name in needed]
+
+
+def _meta(model: QuantizedModel, preprocess: Preprocess, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT_VERSION,
+        "input_size": list(model.input_shape),
+        "preprocess": preprocess.as_dict(),
+        "layers": [[layer.name, model.bits[layer.name].weight, model.bits[layer.name].activation] for layer in model.layer_table],
+        "islands": model.islands(),
+        **extra,
+    }
