@@ -42,8 +42,8 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
 def load_checkpoint(path: Path, arch: str | None = None) -> dict[str, Any]:
     """What `save_checkpoint` wrote; tensors on the CPU. arch: the network it must belong to, None accepts any.
 
-    Raises UserError, naming the file, if it is missing, damaged, holds code, is not such a checkpoint, of a version this
-    program does not know, or of another network.
+    Raises UserError, naming the file, if it is missing, damaged, holds code, is not such a checkpoint, of a version
+    this program does not know, or of another network.
     """
     contents = read_torch_file(path)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

@@ -275,8 +275,10 @@ def check_same_classes(train: ImageDataset, val: ImageDataset, location: str | P
 def normalize(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """(v / 255 - mean) / std per channel: uint8 [N, C, H, W] -> float32, on the device of the images.
 
-    Three separate float32 operations, bit for bit those of torchvision's ToTensor and Normalize.
+    Three separate float32 operations, bit for bit those of torchvision's ToTensor and Normalize on a CPU. (By a number
+    instead of a tensor, a GPU would divide through a rounded reciprocal.)
     """
     mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     std = torch.tensor(preprocess.std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    return images.to(torch.float32).div(255).sub(mean).div(std)
+    largest = torch.full_like(mean, 255.0)
+    return images.to(torch.float32).div(largest).sub(mean).div(std)

@@ -24,7 +24,7 @@ class AverageMeter:
 
 
 def label_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Place of the label's logit among all, 0 is the largest; of equal logits the lower class comes first, as in argmax.
+    """Place of the label's logit among all, 0 is the largest; of equal logits the lower class comes first (argmax).
 
     logits: float or integer [N, C], at least one class. labels: int64 [N] in 0..C-1. Returns int64 [N].
     A row with NaN has the rank C: never correct.

@@ -106,9 +106,7 @@ def _resolve(name: str) -> tuple[str, str]:
     prefix = TORCHVISION_PREFIX if short_name != name else ""
     known = sorted(_torchvision_names()) if prefix else list(model_names())
     close = difflib.get_close_matches(short_name.lower(), known, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(prefix + match for match in close)}?" if close else "see PyTorchCV's list of models"
-    )
+    hint = f"did you mean {' or '.join(prefix + match for match in close)}?" if close else "see PyTorchCV's model list"
     raise UserError(f"unknown architecture {name!r}; {hint}")
 
 
@@ -125,7 +123,8 @@ def _build_pytorchcv(name: str, num_classes: int | None) -> ModelInfo:
             module = constructor() if num_classes is None else constructor(num_classes=num_classes)
         except Exception as error:  # a constructor of someone else's, on the user's wish
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"PyTorchCV cannot build {name}: {reason}; choose another architecture") from error
+            kind = name if num_classes is None else f"{name} with {num_classes} classes"
+            raise UserError(f"PyTorchCV cannot build {kind} ({reason}); choose another architecture") from error
     attributes = vars(module)
     size, classes = attributes.get("in_size"), attributes.get("num_classes")
     if not isinstance(size, tuple) or not isinstance(classes, int):

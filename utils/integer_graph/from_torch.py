@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.data_utils import normalize
 from utils.errors import UserError
 from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node
 from utils.integer_graph.movement import materialise
 from utils.integer_graph.ops import make_node, verify
-from utils.data_utils import normalize
 from utils.preprocess import Preprocess
 from utils.quantization_utils.dyadic import dyadic, dyadic16, dyadic_array
 from utils.quantization_utils.float_graph import Op
@@ -137,7 +137,9 @@ def _layer(c: _Converter, op: Op) -> _Value:
     if not np.isfinite(bias).all() or not np.isfinite(scale).all():
         raise UserError(f"the weights of layer {op.attrs['layer']!r} are not finite; check them for NaN or infinity")
     if np.abs(bias).max() > INT32_LIMIT:
-        raise UserError(f"the bias of layer {op.attrs['layer']!r} does not fit 32 bits at its scale; use more bits there")
+        raise UserError(
+            f"the bias of layer {op.attrs['layer']!r} does not fit 32 bits at its scale; use more bits there"
+        )
     arrays = {"weight": parts.weight.cpu().numpy(), "bias": bias.astype(np.int32)}
     attrs = {"weight_bits": layer.bits, "layer": op.attrs["layer"], **_geometry(op, layer)}
     name = "linear" if op.kind == "linear" else "conv2d"
@@ -166,7 +168,9 @@ def _geometry(op: Op, layer: Any) -> dict[str, Any]:
 def _padding(conv: torch.nn.Conv2d) -> list[int]:
     """[top, bottom, left, right]; ``same`` puts the odd element behind, ``valid`` pads nothing."""
     if isinstance(conv.padding, str):
-        totals = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        totals = [
+            d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        ]
         return [side for total in totals for side in (total // 2, total - total // 2)]
     (rows, cols) = conv.padding
     return [rows, rows, cols, cols]
@@ -199,7 +203,9 @@ def _joined(kind: str) -> Callable[[_Converter, Op], _Pending]:
             for i, source in enumerate(sources):
                 arrays[f"multiplier{i}"], arrays[f"shift{i}"] = _multipliers(source, quantizer)
             nodes = [source.node for source in sources]
-            return make_node(name, kind, nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale))
+            return make_node(
+                name, kind, nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale)
+            )
 
         return _Pending(finish)
 
@@ -328,7 +334,9 @@ def _move(c: _Converter, op: Op) -> Any:
     if isinstance(source, list):  # one part of a split
         return op.run(source)
     if source.scale.size > 1:
-        raise UserError(f"the data movement {op.name!r} in module {op.path!r} works on accumulators, which is not supported")
+        raise UserError(
+            f"the data movement {op.name!r} in module {op.path!r} works on accumulators, which is not supported"
+        )
     arguments = [_element_numbers(source) + 1.0 if c.ops[i].kind != "host" else c.values[i] for i in op.inputs]
     result = op.run(*[a.double() if isinstance(a, Tensor) else a for a in arguments])
     return _moved(source, result)
@@ -403,7 +411,10 @@ def _meta(model: QuantizedModel, preprocess: Preprocess, extra: Mapping[str, Any
         "format": FORMAT_VERSION,
         "input_size": list(model.input_shape),
         "preprocess": preprocess.as_dict(),
-        "layers": [[layer.name, model.bits[layer.name].weight, model.bits[layer.name].activation] for layer in model.layer_table],
+        "layers": [
+            [layer.name, model.bits[layer.name].weight, model.bits[layer.name].activation]
+            for layer in model.layer_table
+        ],
         "islands": model.islands(),
         **extra,
     }

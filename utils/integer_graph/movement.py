@@ -88,7 +88,13 @@ def _strided(node: Node, row: Any, col: Any, name: str, emit: Emit) -> Node:
     if row_from or col_from:
         crop = {"padding": [-row_from, 0, -col_from, 0]}
         node = emit(make_node(f"{name}.crop", "pad2d", [node], attrs=crop))
-    attrs = {"kernel": [1, 1], "stride": [row_step, col_step], "padding": [0, 0], "dilation": [1, 1], "ceil_mode": False}
+    attrs = {
+        "kernel": [1, 1],
+        "stride": [row_step, col_step],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+        "ceil_mode": False,
+    }
     return emit(make_node(name, "max_pool", [node], attrs=attrs))
 
 

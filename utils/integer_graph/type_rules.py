@@ -254,8 +254,8 @@ def _pool_size(extent: int, kernel: int, stride: int, padding: int, dilation: in
     if ceil_mode and (size - 1) * stride >= extent + padding:
         size -= 1
     rows = np.arange(size)[:, None] * stride - padding + np.arange(kernel) * dilation
-    seen = ((rows >= 0) & (rows < extent)).any(1).all()
-    require(bool(seen), f"a pooling window of kernel {kernel} and padding {padding} holds padding only")
+    seen = ((rows >= 0) & (rows < extent)).any(1).all() and 2 * padding <= dilation * (kernel - 1) + 1
+    require(bool(seen), f"padding {padding} is too much for a pooling kernel {kernel}: at most half of its reach")
     return size
 
 

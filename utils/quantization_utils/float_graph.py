@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from utils.errors import UserError
@@ -193,7 +192,9 @@ def _max_pool(b: _Builder, node: fx.Node, m: nn.MaxPool2d) -> Op:
 def _f_max_pool(b: _Builder, node: fx.Node, _: Any) -> Op:
     kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
     padding, dilation = _argument(node, 3, "padding", 0), _argument(node, 4, "dilation", 1)
-    return b.op(node, "max_pool", **_max_pool_attrs(kernel, stride, padding, dilation, _argument(node, 5, "ceil_mode", False)))
+    return b.op(
+        node, "max_pool", **_max_pool_attrs(kernel, stride, padding, dilation, _argument(node, 5, "ceil_mode", False))
+    )
 
 
 def _pool_op(b: _Builder, node: fx.Node, windows: AvgWindows, run: Callable[..., Any] | None) -> Op:
@@ -201,13 +202,17 @@ def _pool_op(b: _Builder, node: fx.Node, windows: AvgWindows, run: Callable[...,
 
 
 def _avg_pool(b: _Builder, node: fx.Node, m: nn.AvgPool2d) -> Op:
-    return _pool_op(b, node, _avg_windows(node, m.kernel_size, m.stride, m.padding, m.count_include_pad, m.divisor_override), m)
+    return _pool_op(
+        b, node, _avg_windows(node, m.kernel_size, m.stride, m.padding, m.count_include_pad, m.divisor_override), m
+    )
 
 
 def _f_avg_pool(b: _Builder, node: fx.Node, _: Any) -> Op:
     kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
     include, divisor = _argument(node, 5, "count_include_pad", True), _argument(node, 6, "divisor_override", None)
-    return _pool_op(b, node, _avg_windows(node, kernel, stride, _argument(node, 3, "padding", 0), include, divisor), None)
+    return _pool_op(
+        b, node, _avg_windows(node, kernel, stride, _argument(node, 3, "padding", 0), include, divisor), None
+    )
 
 
 def _avg_windows(node: fx.Node, kernel: Any, stride: Any, padding: Any, include_pad: bool, divisor: Any) -> AvgWindows:
@@ -355,13 +360,13 @@ MODULES: Mapping[str, Row] = {
     "Softmax": _softmax,
     **{name: _simple("identity") for name in ("Dropout", "Dropout2d", "Identity", "StochasticDepth")},
     **{name: _simple("move") for name in ("Flatten", "ZeroPad2d", "ConstantPad2d", "ChannelShuffle", "PixelShuffle")},
-    **{
-        name: _function
-        for name in (
+    **dict.fromkeys(
+        (
             *("Sigmoid", "Hardsigmoid", "HSigmoid", "GhostHSigmoid", "SiLU", "Swish", "Hardswish", "HSwish", "Tanh"),
             *("LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "GELU", "Mish", "Softplus", "Softsign"),
-        )
-    },
+        ),
+        _function,
+    ),
 }
 
 _MOVES = (
@@ -401,13 +406,17 @@ def float_graph(captured: Captured) -> list[Op]:
     Raises UserError naming the operator and the module that has no integer form.
     """
     builder = _Builder(captured)
-    return [_translate(builder, node) for node in captured.graph.nodes if node.op != "get_attr" or _unused(builder, node)]
+    return [
+        _translate(builder, node) for node in captured.graph.nodes if node.op != "get_attr" or _unused(builder, node)
+    ]
 
 
 def _unused(builder: _Builder, node: fx.Node) -> bool:
     if node.users:
         user = next(iter(node.users))
-        raise builder.refuse(user, f"it works on the parameter or constant {str(node.target)!r}, not on a module's weight")
+        raise builder.refuse(
+            user, f"it works on the parameter or constant {str(node.target)!r}, not on a module's weight"
+        )
     return False
 
 

@@ -46,7 +46,10 @@ class MinMax:
 
     def update(self, x: Tensor) -> None:
         low, high = batch_range(x)
-        self.low, self.high = torch.minimum(self.low.to(low.device), low), torch.maximum(self.high.to(high.device), high)
+        self.low, self.high = (
+            torch.minimum(self.low.to(low.device), low),
+            torch.maximum(self.high.to(high.device), high),
+        )
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.low, self.high

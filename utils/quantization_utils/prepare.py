@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from utils.quantization_utils.capture import Captured
@@ -164,7 +165,9 @@ class _Placement:
             readers = self.network.readers[op.name]
             if len(readers) != 1:
                 return False
-            if readers[0].kind not in ("clip", "identity", "move") or (readers[0].kind == "move" and not self._flattens(readers[0])):
+            if readers[0].kind not in ("clip", "identity", "move") or (
+                readers[0].kind == "move" and not self._flattens(readers[0])
+            ):
                 once = readers[0].inputs.count(op.name) == 1 and readers[0].attrs.get("repeat", 1) == 1
                 return readers[0].kind == "output" or (readers[0].kind in STREAM_READERS and once)
             op = readers[0]
@@ -183,7 +186,9 @@ class _Placement:
     def nonnegative(self, op: Op) -> bool:
         """Whether the graph shows that a value is never below zero."""
         if op.kind == "clip":
-            return (op.attrs["lo"] is not None and op.attrs["lo"] >= 0) or self.nonnegative(self.network.tensor_input(op))
+            return (op.attrs["lo"] is not None and op.attrs["lo"] >= 0) or self.nonnegative(
+                self.network.tensor_input(op)
+            )
         if op.kind == "function":
             return bool(op.attrs["nonnegative"])
         if op.kind == "island":
@@ -282,7 +287,14 @@ class QuantizedModel(nn.Module):
     Input float32 [N, C, H, W] (normalised), output float32 [N, classes].
     """
 
-    def __init__(self, model: nn.Module, ops: list[Op], layers: Sequence[Layer], bits: Mapping[str, LayerBits], input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ops: list[Op],
+        layers: Sequence[Layer],
+        bits: Mapping[str, LayerBits],
+        input_shape: tuple[int, ...],
+    ) -> None:
         super().__init__()
         self.model = model
         self.ops = ops
@@ -302,6 +314,19 @@ class QuantizedModel(nn.Module):
             for name in dead:
                 del values[name]
         return values[self.ops[-1].name]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def activation_integers(self, images: Tensor) -> dict[str, Tensor]:
+        """The integers (int32) behind every fake-quantized tensor, and the logits under ``logits``; eval mode."""
+        assert not self.training
+        kept: dict[str, Tensor] = {}
+        hooks = [q.register_forward_hook(_keeper(kept, name, q)) for name, q in self.activation_quantizers().items()]
+        try:
+            kept["logits"] = self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kept
 
     def activation_quantizers(self) -> dict[str, Quantizer]:
         """Quantizers by the name of the operator that applies them."""
@@ -327,6 +352,13 @@ class QuantizedModel(nn.Module):
         return [f"{op.path or op.name} ({op.attrs['function']})" for op in self.ops if op.kind == "island"]
 
 
+def _keeper(kept: dict[str, Tensor], name: str, quantizer: Quantizer) -> Callable[..., None]:
+    def keep(module: nn.Module, arguments: Any, result: Tensor) -> None:
+        kept[name] = quantizer.integers(result)
+
+    return keep
+
+
 def _steps(ops: Sequence[Op]) -> list[tuple[Op, Callable[..., Any], list[str]]]:
     """Each operator with the values nobody reads after it."""
     last = {name: i for i, op in enumerate(ops) for name in op.inputs}
@@ -336,7 +368,9 @@ def _steps(ops: Sequence[Op]) -> list[tuple[Op, Callable[..., Any], list[str]]]:
     return [(op, op.run, names) for op, names in zip(ops, dead, strict=True)]
 
 
-def prepare(captured: Captured, network: Network, bits: Mapping[str, LayerBits], residual_bits: int = STREAM_BITS) -> QuantizedModel:
+def prepare(
+    captured: Captured, network: Network, bits: Mapping[str, LayerBits], residual_bits: int = STREAM_BITS
+) -> QuantizedModel:
     """Build the quantized model of a folded network.
 
     bits: per layer name, see :func:`describe_layers`.  residual_bits: 16 or 8.  Quantization is off until

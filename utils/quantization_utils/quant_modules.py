@@ -107,7 +107,9 @@ class Quantizer(nn.Module):
             if self.momentum == RUNNING_MIN_MAX:
                 self.set_range(torch.minimum(self.x_min, low), torch.maximum(self.x_max, high))
             else:
-                self.set_range(*(self.momentum * o + (1 - self.momentum) * n for o, n in ((self.x_min, low), (self.x_max, high))))
+                self.set_range(
+                    *(self.momentum * o + (1 - self.momentum) * n for o, n in ((self.x_min, low), (self.x_max, high)))
+                )
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         lo, hi = int_range(self.bits, self.signed)
