@@ -20,10 +20,12 @@ clip         ``lo``, ``hi`` int32 [C] or [1]
 max_pool     kernel, stride, padding, dilation [2], ceil_mode (torch's meaning)
 avg_pool     row_start, row_stop, col_start, col_stop: windows; ``multiplier``, ``shift`` [Ho, Wo] or [1, 1]
 lookup       ``table`` int16 [T] or [C, T]; offset, bits, signed: table[x - offset]
-gather       ``index`` int32: channels of the result
+gather       ``index`` int32: channels of the result, -1 for zeros
 pad2d        padding [top, bottom, left, right], zeros; negative values crop
 upsample     scale [rows, cols], nearest
 reshape      shape of one image, row-major
+float_op     float island: ``float_islands``; function ("softmax" | "interpolate" with size [H, W], align_corners),
+             input_scale, inverse_scale, lo, hi, bits, signed
 logits       last node: ``scale`` float32 [C] or [1], float32(x) * scale
 ===========  ==========================================================================================================
 
@@ -37,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.integer_graph import reference, type_rules
+from utils.integer_graph import float_islands, reference, type_rules
 from utils.integer_graph.ir import Graph, Node, TensorType
 from utils.integer_graph.reference import Reference
 from utils.integer_graph.type_rules import Rule, require
@@ -75,6 +77,7 @@ class Op:
 CONV_ATTRS = ("stride", "padding", "dilation", "groups", "weight_bits")
 POOL_ATTRS = ("kernel", "stride", "padding", "dilation", "ceil_mode")
 WINDOW_ATTRS = ("row_start", "row_stop", "col_start", "col_stop")
+ISLAND_ATTRS = ("function", "input_scale", "inverse_scale", *CLAMP)
 WEIGHTED = {"weight": I8, "bias": I32}
 ROUNDED = ("rounding", *CLAMP)
 
@@ -95,6 +98,7 @@ OPS: Mapping[str, Op] = {
     "pad2d": Op(type_rules.pad2d, reference.pad2d, ("padding",), inherits_scale=True),
     "upsample": Op(type_rules.upsample, reference.upsample, ("scale",), inherits_scale=True),
     "reshape": Op(type_rules.reshape, reference.reshape, ("shape",), inherits_scale=True),
+    "float_op": Op(float_islands.rule, float_islands.compute, ISLAND_ATTRS),
     "logits": Op(type_rules.logits, reference.logits, (), {"scale": F32}),
 }
 FIRST_OPS = ("image", "quantize")

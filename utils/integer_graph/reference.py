@@ -141,8 +141,9 @@ def lookup(inputs: Sequence[np.ndarray], node: Node) -> np.ndarray:
 
 
 def gather(inputs: Sequence[np.ndarray], node: Node) -> np.ndarray:
-    """Channel `index[i]` as channel i."""
-    return np.take(inputs[0], node.arrays["index"], axis=1)
+    """Channel `index[i]` as channel i, zeros where the index is -1."""
+    index = node.arrays["index"]
+    return np.take(inputs[0], np.maximum(index, 0), axis=1) * _per_channel(index >= 0, inputs[0].ndim)
 
 
 def pad2d(inputs: Sequence[np.ndarray], node: Node) -> np.ndarray:

@@ -1,13 +1,15 @@
 """One safetensors file per graph: the nodes as JSON in the header, weights bit-packed at their width.
 
-Header entries: ``format`` (the constant below), ``version``, ``graph`` (JSON of nodes and meta) and ``sha256``
-(:func:`graph_hash` of the content).  Tensors are named ``<node>.<array>``; a weight tensor of b bits is stored as
+The header's one entry, ``integer_graph``, is JSON (deflated, base64): ``version``, ``sha256`` (:func:`graph_hash`),
+``meta`` and ``nodes``.  Tensors are named ``<number of the node>.<array>``; a weight tensor of b bits is stored as
 ceil(count * b / 8) bytes, two's complement, value i in bits [i*b, (i+1)*b) of the little-endian bit string; its shape
-is in the JSON.  Reading never runs code.
+is in the JSON.  Equal graphs give equal files.  Reading never runs code.
 """
 
+import base64
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from utils.errors import UserError
 from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node, TensorType
 from utils.integer_graph.ops import OPS, verify
 
-FORMAT = "hawq integer graph"
+ENTRY = "integer_graph"
+MAX_JSON = 1 << 26  # bytes: a header that inflates to more is refused
 CHUNK = 1 << 20  # values packed at a time, a multiple of 8 so that chunks end on bytes
 PACKED = "weight"
 DAMAGED = "it is damaged or was not written by this program; convert the model again"
@@ -36,13 +39,12 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     flat = values.astype(np.int8).reshape(-1).view(np.uint8)
     if bits == 8:
         return flat.copy()
-    chunks = (flat[i : i + CHUNK, None] for i in range(0, len(flat), CHUNK))
-    return np.concatenate(
-        [
-            np.packbits(np.unpackbits(c, axis=1, count=bits, bitorder="little").reshape(-1), bitorder="little")
-            for c in chunks
-        ]
-    )
+    return np.concatenate([_pack_chunk(flat[i : i + CHUNK], bits) for i in range(0, len(flat), CHUNK)])
+
+
+def _pack_chunk(values: np.ndarray, bits: int) -> np.ndarray:
+    digits = np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(digits.reshape(-1), bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -63,7 +65,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _unpack_chunk(packed: np.ndarray, bits: int) -> np.ndarray:
-    digits = np.unpackbits(packed, bitorder="little")
+    digits: np.ndarray = np.unpackbits(packed, bitorder="little")
     digits = digits[: len(digits) // bits * bits].reshape(-1, bits)
     bytes_ = np.packbits(digits, axis=1, bitorder="little").reshape(-1)
     return (bytes_ << (8 - bits)).view(np.int8) >> (8 - bits)
@@ -87,35 +89,33 @@ def _node_json(node: Node) -> dict[str, Any]:
     return row | ({} if node.scale is None else {"scale": node.scale})
 
 
-def _graph_json(graph: Graph) -> str:
-    content = {"meta": dict(graph.meta), "nodes": [_node_json(node) for node in graph.nodes]}
-    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+def _content(graph: Graph) -> dict[str, Any]:
+    return {"meta": dict(graph.meta), "nodes": [_node_json(node) for node in graph.nodes]}
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def graph_hash(graph: Graph) -> str:
     """SHA-256 of everything a graph says, hexadecimal: equal hashes mean equal files and equal integers."""
-    digest = hashlib.sha256(_graph_json(graph).encode())
+    digest = hashlib.sha256(_dump(_content(graph)))
     for node in graph.nodes:
         for key, array in sorted(node.arrays.items()):
             digest.update(f"{node.name}.{key} {array.dtype.str} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 
 def to_bytes(graph: Graph) -> bytes:
     """The content of the file."""
     tensors = {}
-    for node in graph.nodes:
+    for number, node in enumerate(graph.nodes):
         for key, array in node.arrays.items():
             packed = pack(array, node.attrs["weight_bits"]) if _is_packed(node, key) else array
-            tensors[f"{node.name}.{key}"] = np.ascontiguousarray(packed)
-    header = {
-        "format": FORMAT,
-        "version": str(FORMAT_VERSION),
-        "sha256": graph_hash(graph),
-        "graph": _graph_json(graph),
-    }
-    return safetensors_bytes(tensors, metadata=header)
+            tensors[f"{number}.{key}"] = np.ascontiguousarray(packed)
+    header = _dump({"version": FORMAT_VERSION, "sha256": graph_hash(graph), **_content(graph)})
+    return safetensors_bytes(tensors, metadata={ENTRY: base64.b64encode(zlib.compress(header, 9)).decode()})
 
 
 def save(graph: Graph, path: str | Path) -> None:
@@ -138,14 +138,14 @@ def load(path: str | Path) -> Graph:
     Raises UserError, one sentence with the path, for a file that is missing, truncated, damaged, of another format or
     version, or that holds an op this program does not know.
     """
-    header, tensors = _read(Path(path))
-    if header.get("format") != FORMAT:
+    metadata, tensors = _read(Path(path))
+    if ENTRY not in metadata:
         raise UserError(f"{path} is a safetensors file but not an integer graph; give a file that was converted to one")
-    if header.get("version") != str(FORMAT_VERSION):
-        got = header.get("version")
-        raise UserError(f"{path} has graph format version {got}, expected {FORMAT_VERSION}; convert the model again")
     try:
-        graph = _parse(json.loads(header["graph"]), tensors)
+        header = json.loads(_inflate(metadata[ENTRY]))
+        if header["version"] != FORMAT_VERSION:
+            raise UserError(f"graph format version {header['version']!r}, expected {FORMAT_VERSION}; convert it again")
+        graph = _parse(header, tensors)
         same = graph_hash(graph) == header["sha256"]
     except UserError as error:
         raise UserError(f"cannot use {path}: {error}") from error
@@ -154,6 +154,14 @@ def load(path: str | Path) -> Graph:
     if not same:
         raise UserError(f"cannot use {path}: its checksum does not match its content; {DAMAGED}")
     return graph
+
+
+def _inflate(entry: str) -> bytes:
+    inflater = zlib.decompressobj()
+    text = inflater.decompress(base64.b64decode(entry, validate=True), MAX_JSON)
+    if not inflater.eof:
+        raise ValueError("the header is cut off or too large")
+    return text
 
 
 def _one_line(error: Exception) -> str:
@@ -174,10 +182,10 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
 
 def _parse(content: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
     nodes = []
-    for row in content["nodes"]:
+    for number, row in enumerate(content["nodes"]):
         if row["op"] not in OPS:
             raise UserError(f"node {row['name']} has the op {row['op']!r}, which this version does not know; update it")
-        nodes.append(_node(row, tensors))
+        nodes.append(_node(number, row, tensors))
     if tensors:
         raise ValueError(f"the tensors {sorted(tensors)[:3]} belong to no node")
     graph = Graph(tuple(nodes), content["meta"])
@@ -185,11 +193,11 @@ def _parse(content: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
     return graph
 
 
-def _node(row: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Node:
+def _node(number: int, row: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Node:
     shape, bits, signed, lo, hi = row["type"]
     arrays = {}
     for key, packed_shape in row["arrays"].items():
-        array = tensors.pop(f"{row['name']}.{key}")
+        array = tensors.pop(f"{number}.{key}")
         arrays[key] = array if packed_shape is None else unpack(array, row["attrs"]["weight_bits"], tuple(packed_shape))
     tensor_type = TensorType(tuple(shape), bits, signed, lo, hi)
     return Node(row["name"], row["op"], tuple(row["inputs"]), tensor_type, row["attrs"], arrays, row.get("scale"))

@@ -8,6 +8,7 @@ are switched off while the engine runs (on a GPU, torch then convolves by im2col
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,16 +20,23 @@ from utils.integer_graph.torch_steps import STEPS, Context, Step, as_nchw
 DTYPE_NAMES = {torch.uint8: "uint8", torch.float32: "float32"}
 
 
+_MKLDNN: Any = torch.backends.mkldnn  # a module whose attributes mypy does not see
+PRECISIONS = (_MKLDNN.conv, _MKLDNN.matmul, torch.backends.cuda.matmul)
+IEEE = "ieee"
+
+
 @contextlib.contextmanager
 def exact_algorithms() -> Iterator[None]:
     """Allow only float32 products that are sums of exact products, in any order; restores the settings."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = [backend.fp32_precision for backend in PRECISIONS]
     try:
+        for backend in PRECISIONS:
+            backend.fp32_precision = IEEE
         with torch.backends.cudnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(PRECISIONS, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class TorchEngine:

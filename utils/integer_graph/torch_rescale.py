@@ -21,7 +21,8 @@ from utils.quantization_utils.dyadic import ROUNDING, tie_is_impossible
 
 FLOAT64_LIMIT = 1 << 53
 LIMB = 16
-PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; 2 MB of float64, and a fraction of a GPU's memory
+CPU_PIECE = 1 << 18  # elements per thread: 2 MB of float64
+GPU_PIECE = 1 << 24
 ROW = 4096  # elements of a row that short channel vectors are repeated to, so that loops are long enough
 
 
@@ -68,7 +69,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.piece = PIECE["cpu" if device.type == "cpu" else "cuda"]
+        self.piece = CPU_PIECE * torch.get_num_threads() if device.type == "cpu" else GPU_PIECE
         self._buffers: list[torch.Tensor] = []
 
     def buffers(self, count: int, rows: int, width: int) -> list[torch.Tensor]:

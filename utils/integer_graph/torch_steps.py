@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from utils.errors import UserError
+from utils.integer_graph import float_islands
 from utils.integer_graph.exact_conv import FLOAT32_LIMIT, Piece, split
 from utils.integer_graph.ir import Node, TensorType
 from utils.integer_graph.torch_rescale import (
@@ -111,6 +112,8 @@ def conv2d(node: Node, context: Context) -> Step:
     """Convolution by direct or im2col algorithms, in one or several exact pieces."""
     attrs = node.attrs
     pieces, dtype = _products(node, context, attrs["groups"])
+    if _is_channelwise(node):
+        return _channelwise(node, context, pieces, dtype)
     weights = [context.tensor(p.weight, dtype).contiguous(memory_format=torch.channels_last) for p in pieces]
     bias, factors = context.tensor(node.arrays["bias"], torch.float64), tuple(p.factor for p in pieces)
     top, bottom, left, right = attrs["padding"]
@@ -126,6 +129,24 @@ def conv2d(node: Node, context: Context) -> Step:
             chunk = x if len(weight[0]) * groups == x.shape[1] else x[:, piece.start : piece.stop]
             parts.append(as_nhwc(F.conv2d(chunk, weight, None, stride, padding, dilation, groups)))
         return Accumulator(tuple(parts), factors, bias)
+
+    return step
+
+
+def _is_channelwise(node: Node) -> bool:
+    """Whether a convolution only multiplies each channel by one weight, as a standalone batch norm does."""
+    attrs, weight = node.attrs, node.arrays["weight"]
+    plain = not any(attrs["padding"]) and attrs["stride"] == [1, 1]
+    return plain and weight.shape == (attrs["groups"], 1, 1, 1)
+
+
+def _channelwise(node: Node, context: Context, pieces: list[Piece], dtype: torch.dtype) -> Step:
+    weights = [context.tensor(piece.weight.reshape(-1), dtype) for piece in pieces]
+    bias, factors = context.tensor(node.arrays["bias"], torch.float64), tuple(p.factor for p in pieces)
+
+    def step(inputs: Sequence[Value]) -> Value:
+        x = dense(inputs[0]).to(dtype)
+        return Accumulator(tuple(x * weight for weight in weights), factors, bias)
 
     return step
 
@@ -224,13 +245,13 @@ def mul(node: Node, context: Context) -> Step:
 def clip(node: Node, context: Context) -> Step:
     """min(max(x, lo), hi) along the last axis."""
     lo, hi = (context.tensor(node.arrays[key], torch.float64) for key in ("lo", "hi"))
+    lo32, hi32 = lo.float(), hi.float()  # rounded only where no float32 input can reach them
 
     def step(inputs: Sequence[Value]) -> Value:
         x = dense(inputs[0])
         bounds = (lo, hi) if x.dtype == torch.float64 else (lo32, hi32)
         return torch.clamp(x, *bounds)
 
-    lo32, hi32 = lo.float(), hi.float()
     return step
 
 
@@ -295,9 +316,12 @@ def lookup(node: Node, context: Context) -> Step:
 
 
 def gather(node: Node, context: Context) -> Step:
-    """Channels by index."""
-    index = context.tensor(node.arrays["index"], torch.int64)
-    return lambda inputs: dense(inputs[0]).index_select(-1, index)
+    """Channels by index, zeros where it is -1."""
+    index = context.tensor(node.arrays["index"].clip(0), torch.int64)
+    zeros = context.tensor(np.flatnonzero(node.arrays["index"] < 0), torch.int64)
+    if len(zeros) == 0:
+        return lambda inputs: dense(inputs[0]).index_select(-1, index)
+    return lambda inputs: dense(inputs[0]).index_select(-1, index).index_fill_(-1, zeros, 0)
 
 
 def pad2d(node: Node, context: Context) -> Step:
@@ -329,6 +353,17 @@ def reshape(node: Node, context: Context) -> Step:
     return step
 
 
+def float_op(node: Node, context: Context) -> Step:
+    """The numpy function itself, so that no float operation can differ."""
+
+    def step(inputs: Sequence[Value]) -> Value:
+        x = as_nchw(dense(inputs[0])).contiguous().long().cpu().numpy()
+        result = torch.from_numpy(float_islands.compute([x], node))
+        return as_nhwc(result.to(context.device, storage(node.type)))
+
+    return step
+
+
 def logits(node: Node, context: Context) -> Step:
     """float32(x) * scale."""
     scale = context.tensor(node.arrays["scale"])
@@ -352,5 +387,6 @@ STEPS: Mapping[str, Callable[[Node, Context], Step]] = {
     "pad2d": pad2d,
     "upsample": upsample,
     "reshape": reshape,
+    "float_op": float_op,
     "logits": logits,
 }

@@ -18,7 +18,9 @@ Rule = Callable[[Sequence[TensorType], Attrs, Arrays], TensorType]
 
 ACCUMULATOR_LIMIT = 1 << 31
 PRODUCT_LIMIT = 1 << 63
+RESCALED_LIMIT = 1 << 48  # before the clamp: sums of up to 32 branches stay exact in float64
 MAX_OPERAND_BITS = 16
+MAX_BRANCHES = 32
 
 
 def require(condition: bool, message: str) -> None:
@@ -113,6 +115,8 @@ def _multiplier(
     top = max(abs(x[0]), abs(x[1])) * int(m.max()) + (1 << (int(e.max()) - 1))
     require(top < PRODUCT_LIMIT, f"the product |x| * multiplier reaches {top}, expected below 2^63")
     lo, hi = (ROUNDING[rounding](np.int64(bound), m, e) for bound in x)
+    reach = max(-int(lo.min()), int(hi.max()))
+    require(reach < RESCALED_LIMIT, f"the rescaled value may reach {reach} before its clamp, expected below 2^48")
     return lo, hi
 
 
@@ -130,7 +134,7 @@ def accumulator_bounds(weight: np.ndarray, x_lo: int, x_hi: int) -> tuple[np.nda
 def _accumulator(shape: tuple[int, ...], x: TensorType, attrs: Attrs, arrays: Arrays) -> TensorType:
     """The type of sum(weight * x) + bias, refusing weights out of range and sums that may leave int32."""
     weight, bias = arrays["weight"], arrays["bias"].astype(np.int64)
-    low, high = int_range(integer(attrs, "weight_bits", 1, 8), True)
+    low, high = int_range(integer(attrs, "weight_bits", 2, 8), True)
     w_lo, w_hi = int(weight.min()), int(weight.max())
     message = f"weights reach [{w_lo}, {w_hi}], expected within [{low}, {high}] of {attrs['weight_bits']} bits"
     require(low <= w_lo and w_hi <= high, message)
@@ -203,6 +207,7 @@ def requantize(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> Te
 def add(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> TensorType:
     """Each branch requantized, summed, one clamp on the sum."""
     shape = inputs[0].shape
+    require(len(inputs) <= MAX_BRANCHES, f"{len(inputs)} branches, expected at most {MAX_BRANCHES}")
     for x in inputs:
         require(x.shape == shape, f"the branches have shapes {[t.shape for t in inputs]}, expected equal ones")
     bounds = [_multiplier(arrays, str(i), (x.lo, x.hi), attrs, (shape[0],), (1,)) for i, x in enumerate(inputs)]
@@ -304,12 +309,13 @@ def lookup(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> Tensor
 
 
 def gather(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> TensorType:
-    """Channels selected by index."""
+    """Channels selected by index; -1 stands for a channel of zeros."""
     (x,) = inputs
     index = arrays["index"]
-    good = index.ndim == 1 and index.size > 0 and index.min() >= 0 and index.max() < x.shape[0]
-    require(bool(good), f"array index must be a list of channels in [0, {x.shape[0]})")
-    return TensorType((len(index), *x.shape[1:]), x.bits, x.signed, x.lo, x.hi)
+    good = index.ndim == 1 and index.size > 0 and index.min() >= -1 and index.max() < x.shape[0]
+    require(bool(good), f"array index must be a list of channels in [0, {x.shape[0]}), or -1 for zeros")
+    lo, hi = (min(x.lo, 0), max(x.hi, 0)) if index.min() < 0 else (x.lo, x.hi)
+    return TensorType((len(index), *x.shape[1:]), x.bits, x.signed, lo, hi)
 
 
 def pad2d(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> TensorType:

@@ -147,6 +147,15 @@ class Builder:
         channels, height, width = x.type.shape
         return self.emit("reshape", [x], attrs={"shape": [height, channels, width]})
 
+    def island(self, x: Node) -> Node:
+        """Softmax or bilinear interpolation."""
+        parameters: dict[str, Any] = {"function": "softmax"}
+        if self.rng.integers(2):
+            size = self.rng.integers(1, 9, 2).tolist()
+            parameters = {"function": "interpolate", "size": size, "align_corners": bool(self.rng.integers(2))}
+        attrs = {**self.clamp(), **parameters, "input_scale": float(np.float32(0.03)), "inverse_scale": 64.0}
+        return self.emit("float_op", [x], attrs=attrs, scale=1 / 64)
+
     def classifier(self, x: Node, classes: int) -> Graph:
         """Flatten, linear, logits: the complete graph."""
         flat = self.emit("reshape", [x], attrs={"shape": [int(np.prod(x.type.shape))]})
@@ -165,13 +174,15 @@ def build(seed: int, rounding: str = "up", length: int = 8) -> Graph:
     b = Builder(seed, rounding)
     x = b.image((b.integer(1, 3), b.integer(1, 11), b.integer(1, 11)))
     for _ in range(length):
-        step = b.integer(0, 8)
+        step = b.integer(0, 9)
         if step <= 3:
             x = b.requantize(b.conv(x))
         elif step == 4:
             x = b.join("add" if b.rng.integers(2) else "concat", [x, b.requantize(x), b.lookup(x)])
         elif step == 5:
             x = b.mul(x, b.avg_pool(x, whole=True))
+        elif step == 9:
+            x = b.island(x)
         elif step == 6:
             x = b.max_pool(x) if b.rng.integers(2) else b.avg_pool(x)
         else:
