@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_train
-from benchmarks.provenance import provenance, write_csv
+from utils.provenance import provenance, write_csv
 
 CIFAR = "--mean .485 .456 .406 --std .229 .224 .225"
 RESNET20 = f"-a resnet20_cifar10 --weights {{weights}}/cifar10_weights/pytorchcv_resnet20_cifar10_jpegft.pth {CIFAR}"

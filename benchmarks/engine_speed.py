@@ -1,6 +1,6 @@
 """Cost of evaluating the integer graph with the torch engine, relative to the float model; measured interleaved.
 
-    python benchmarks/engine_speed.py [--archs resnet18 ...] [--rounds 7] [--output runs/bench/engine_speed.csv]
+python benchmarks/engine_speed.py [--archs resnet18 ...] [--rounds 7] [--output runs/bench/engine_speed.csv]
 """
 
 import argparse
@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.networks import calibrated, random_images
-from benchmarks.provenance import write_csv
 from utils.data_utils import normalize
 from utils.integer_graph.torch_engine import TorchEngine
+from utils.provenance import write_csv
 
 CASES = {"resnet20_cifar10": 128, "resnet18": 16, "resnet50": 16, "mobilenetv2_w1": 16, "inceptionv3": 8}
 

@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.networks import calibrated, random_images
-from benchmarks.provenance import write_csv
 from utils.integer_graph.interpreter import run
 from utils.integer_graph.torch_engine import TorchEngine
+from utils.provenance import write_csv
 
 CASES = {
     "resnet20_cifar10": ("uniform8", "uniform4", "w4a8"),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bit_config
-from benchmarks.provenance import write_csv
 from utils.models import create_model
+from utils.provenance import write_csv
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.capture import capture
 from utils.quantization_utils.prepare import QuantizedModel, describe_layers, fold_network, prepare
@@ -74,15 +74,21 @@ def build(arch: str, batch: int, size: int, which: str, frozen: bool) -> Step:
     return Step(model, images, classes)
 
 
+def high_water_mib() -> float:
+    """Largest resident memory of this process so far, in MiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+
+
 def peak_mib(arch: str, batch: int, size: int, which: str, frozen: bool) -> float:
     """Peak resident memory of three steps in a process of its own, less what its imports take, in MiB."""
     code = (
-        "import resource, sys; sys.path.insert(0, '.')\n"
-        "from benchmarks.qat_step import build\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import sys; sys.path.insert(0, '.')\n"
+        "from benchmarks.qat_step import build, high_water_mib\n"
+        "before = high_water_mib()\n"
         f"step = build({arch!r}, {batch}, {size}, {which!r}, {frozen})\n"
         "[step() for _ in range(3)]\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        "print(high_water_mib() - before)\n"
     )
     root = Path(__file__).resolve().parent.parent
     return float(
@@ -124,7 +130,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    cases = ((args.arch, args.batch, args.size),) if args.arch else CASES
+    cases: tuple[tuple[str, int, int], ...] = ((args.arch, args.batch, args.size),) if args.arch else CASES
     rows = [row for case in cases for row in measure(*case, args.rounds)]
     write_csv(Path("runs/bench/qat_step.csv"), rows)
 

@@ -32,7 +32,11 @@ SMALL_INPUT = 64  # pixels; networks for inputs up to this size take the image a
 SMALL_MEAN = (0.4914, 0.4822, 0.4465)  # PyTorchCV's own training on CIFAR-10, CIFAR-100 and SVHN
 SMALL_STD = (0.2023, 0.1994, 0.2010)
 DEFAULT_SCALE = 0.875  # centre crop / shortest edge: 224 / 256 and 299 / 342
-OTHER_TASKS = ("_voc", "_coco", "_ade20k", "_cityscapes", "_ad2", "_widerface")
+OTHER_TASKS = ("_voc", "_coco", "_ade20k", "_cityscapes", "_widerface")
+OTHER_FAMILIES = (  # of PyTorchCV: segmentation, speech, faces, image matching and video
+    *("bisenet", "jasper", "jasperdr", "quartznet", "prnet", "pfpcnet", "voca", "nvpattexp", "visemenet"),
+    *("superpointnet", "raft", "propainter", "propainter_ip", "propainter_rfc"),
+)
 TENSORFLOW_STYLE = ("googlenet", "inception_v3")  # torchvision's weights of these expect pixels scaled to -1..1
 PYTORCHCV_FOLDER = Path("~/.torch/models")
 
@@ -81,6 +85,23 @@ def create_model(
 def model_names() -> tuple[str, ...]:
     """Every name that `create_model` knows without a prefix, sorted; torchvision's come where PyTorchCV has none."""
     return tuple(sorted({DIGITS, *_pytorchcv_names(), *_torchvision_names()}))
+
+
+@functools.cache
+def model_families() -> dict[str, tuple[str, ...]]:
+    """Names that `create_model` knows by family, in the libraries' order: pytorchcv/FAMILY and torchvision/FAMILY.
+
+    A family is the Python module that defines its networks; families that classify no images are left out.
+    """
+    found: dict[str, list[str]] = {}
+    for name, constructor in pytorchcv_models._models.items():
+        family = constructor.__module__.rsplit(".", 1)[-1]
+        if name in _pytorchcv_names() and family not in OTHER_FAMILIES:
+            found.setdefault(f"pytorchcv/{family}", []).append(name)
+    for name in sorted(_torchvision_names()):
+        family = torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[-1]
+        found.setdefault(f"torchvision/{family}", []).append(TORCHVISION_PREFIX + name)
+    return {family: tuple(names) for family, names in found.items()}
 
 
 @functools.cache

@@ -1,27 +1,83 @@
 """Where a measured table comes from: hardware, versions, commit and command, written beside every result."""
 
 import csv
+import io
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from utils.atomic_file import write_atomically
+from utils.errors import UserError
+
+PACKAGES = ("torch", "torchvision", "numpy")
+
 
 def provenance() -> dict[str, str]:
-    """Machine, software, commit and command of this process."""
+    """CPU, number of torch threads, versions, commit and command of this process."""
     return {
         "cpu": _cpu(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "torchvision", "numpy")},
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        **{package: version(package) for package in PACKAGES},
+        "commit": commit(),
+        "command": " ".join(["python", *_arguments()]),
     }
+
+
+def commit() -> str:
+    """The project's commit as git abbreviates it, with "-dirty" for changed files; "unknown" without git."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows (at least one, all with the same keys) as CSV with the provenance as ``#`` lines on top, atomically.
+
+    Raises UserError where the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    for key, value in provenance().items():
+        text.write(f"# {key}: {value}\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.getvalue().encode())
+
+    write_atomically(path, write)
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Provenance (empty where there is none) and rows of a file that :func:`write_csv` wrote.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the table {path}: {error}; give a CSV file") from error
+    comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    origin = dict(line.split(": ", 1) for line in comments if ": " in line)
+    return origin, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def _arguments() -> list[str]:
+    """The command line; a program below the project's folder by its path there, which is the same everywhere."""
+    root = Path(__file__).resolve().parent.parent
+    program = Path(sys.argv[0]).resolve()
+    shown = program.relative_to(root).as_posix() if program.is_relative_to(root) else program.name
+    return [shown, *sys.argv[1:]]
 
 
 def _cpu() -> str:
@@ -30,19 +86,3 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with the provenance as ``#`` lines on top."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        for key, value in provenance().items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

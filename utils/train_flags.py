@@ -1,413 +1,344 @@
-"""Command line of ``quant_train.py``: the original's flags under their names, and ours."""
+"""Command line of ``quant_train.py`` as a table: the original's flags under their names, and ours."""
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
 
 from utils.data_utils import DIGITS
+from utils.distillation import check_distillation
 from utils.errors import UserError
 from utils.quantization_utils.observers import METHODS
 from utils.quantization_utils.training import ACT_RANGES
 
 EXAMPLES = """examples:
-  python quant_train.py                                          digits: trains, quantizes, evaluates; no files needed
+  python quant_train.py
+      digits: trains a float network, quantizes, trains, converts and evaluates it; seconds, no files needed
   python quant_train.py -a resnet50 --quant-scheme bops_0.5 --summary
-                                                                 the layers, their bits and what they cost
+      the layers, their bits and what they cost
   python quant_train.py -a mobilenetv2_w1 --weights w.pth --data IMAGENET --quant-scheme uniform8 --epochs 0
-                                                                 quantize by calibration alone
+      quantize by calibration alone
   python quant_train.py -a resnet18 --pretrained --data IMAGENET --quant-scheme uniform4 --epochs 5 --lr 0.001
-                                                                 quantization-aware training
-  python quant_train.py -a resnet18 --data IMAGENET --quant-scheme uniform4 -e --resume RUN/checkpoint.pth.tar
-                                                                 evaluate the integer network
+      quantization-aware training
+  python quant_train.py --data IMAGENET --resume RUN/checkpoint.pth.tar -e
+      evaluate the integer network of a checkpoint; without -e: continue its training
+
+files of a run in --save-path:
+  checkpoint.pth.tar  all that --resume needs          model_best.pth.tar  the same at the best validation
+  model.safetensors   integer graph of the last state  scheme.yaml         bits of every layer, for --quant-scheme
+  arguments.json      flags, command, commit           log.log             what was printed, of all runs there
 """
 
 
-def _positive(kind: Callable[[str], float], zero: bool = False) -> Callable[[str], float]:
+@dataclass(frozen=True)
+class Kind:
+    """How the value of a flag is read. choices: the only values; options: further arguments of ``add_argument``."""
+
+    parse: Callable[[str], Any] = str
+    metavar: str | None = None
+    choices: tuple[Any, ...] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def number(kind: Callable[[str], float], zero: bool = False) -> Callable[[str], float]:
+    """Parser of a positive (or with ``zero``, non-negative) finite number."""
+
     def parse(text: str) -> float:
         value = kind(text)
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise argparse.ArgumentTypeError(f"{text} is not a {'non-negative' if zero else 'positive'} number")
         return value
 
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse quotes it
     return parse
 
 
-def _percentile(text: str) -> float:
+def percentile(text: str) -> float:
+    """Parser of a percentile: 0 (off), or in (50, 100]."""
     value = float(text)
     if value != 0 and not 50 < value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a percentile; give 0 (off) or more than 50 and at most 100")
     return value
 
 
+def one_of(*choices: Any) -> Kind:
+    """A flag with few values."""
+    return Kind(type(choices[0]), None, choices)
+
+
+NAME, FILE, FOLDER, ANY = Kind(str, "NAME"), Kind(Path, "FILE"), Kind(Path, "DIR"), Kind(int, "N")
+COUNT, COUNT0 = Kind(number(int), "N"), Kind(number(int, zero=True), "N")
+REAL, REAL0, SIGNED = Kind(number(float), "X"), Kind(number(float, zero=True), "X"), Kind(float, "X")
+REALS = Kind(float, "X", options=(("nargs", "+"),))
+PERCENTILE = Kind(percentile, "P")
+SWITCH = Kind(options=(("action", "store_true"),))
+YES_NO = Kind(options=(("action", argparse.BooleanOptionalAction),))
+
+# fmt: off
+# Names (the attribute is the first long one in lower case), kind, default, help.
+Row = tuple[str, Kind, Any, str]
+FLAGS: dict[str, tuple[Row, ...]] = {
+    "network": (
+        ("-a --arch", NAME, None,
+         "PyTorchCV name, torchvision name (or torchvision/NAME), or 'digits' (default: the checkpoint's with "
+         "--resume, digits without --data, else resnet18)"),
+        ("--weights", FILE, None, "float state_dict, or checkpoint of any run, to start from"),
+        ("--pretrained", SWITCH, False,
+         "start from published weights (downloaded once; offline, the answer names the file to place by hand)"),
+        ("--num-classes", COUNT, None, "classes of the network (default: the architecture's)"),
+    ),
+    "data": (
+        ("--data", Kind(str, "DIR"), None,
+         "folder with train/ and val/ (one folder a class), torchvision's CIFAR-10 or CIFAR-100 folder, or 'digits'; "
+         "-e and --epochs 0 need only val/ (then also calibrated on, which is said)"),
+        ("-b --batch-size", COUNT, 128, "images per batch; the original's was 1"),
+        ("-j --workers", COUNT0, 4, "processes that decode images, at most one per core"),
+        ("--data-percentage", REAL, 1.0,
+         "share of the training images to use, 0 to 1; the same images for the same --seed (in the original: others "
+         "in every run)"),
+        ("--mean", REALS, None,
+         "mean of the input normalisation, one value or one per channel (default: the architecture's)"),
+        ("--std", REALS, None, "its standard deviation (default: the architecture's)"),
+        ("--resize", Kind(number(int, zero=True), "N"), None, "shortest edge before the crop, 0 for none"),
+        ("--input-size --crop", COUNT, None, "edge of the centre crop, which is the network's input"),
+        ("--rotate180", SWITCH, False, "turn images upside down (for weights made for such images)"),
+    ),
+    "quantization": (
+        ("--quant-scheme", Kind(str, "SCHEME"), None,
+         "a published scheme (bops_0.5, ...), uniformN or wXaY with 2 to 8 bits, a YAML file, or 'float' for no "
+         "quantization (default: the checkpoint's with --resume, else uniform8; the original's was uniform4)"),
+        ("--summary", SWITCH, False, "print every layer's bits with reason, size and BOPS, then stop"),
+        ("--calibration", one_of(*METHODS), "mse", "how activation ranges are found before training"),
+        ("--calib-images", COUNT, 512, "images of the fixed calibration subset"),
+        ("--calib-percentile", PERCENTILE, 99.99, "percentile of --calibration percentile"),
+        ("--act-range", one_of(*ACT_RANGES), "ema",
+         "activation ranges in training: ema follows the batches, lsq learns the scales of activations and weights"),
+        ("--act-range-momentum", Kind(float, "M"), -1.0,
+         "weight of the old range in the moving average, 0.9 to 0.99; -1 keeps running extremes"),
+        ("--act-percentile", PERCENTILE, 0.0, "range of a training batch: this percentile, 0 for its extremes"),
+        ("--weight-percentile", PERCENTILE, 0.0,
+         "the same for weight ranges (the original ignored it for unfolded BatchNorm and linear layers)"),
+        ("--channel-wise", YES_NO, True,
+         "one weight scale per output channel (in the original, giving the flag switched this off)"),
+        ("--strict-integer", SWITCH, False, "refuse networks in which an operator stays in float"),
+        ("--agreement-images", COUNT, 256, "images on which simulation and integer graph are compared"),
+    ),
+    "training": (
+        ("--epochs", COUNT0, None,
+         "epochs of quantization-aware training in all; 0 calibrates, converts, evaluates and saves (default: 90; 5 "
+         "for the digits)"),
+        ("--float-epochs", COUNT0, None,
+         "train the float network first, with a cosine from --float-lr; not saved on the way, so for long training "
+         "rather run --quant-scheme float and give its checkpoint to --weights (default: 0; 15 for the digits without "
+         "--weights)"),
+        ("--float-lr", REAL, 0.1, "learning rate of --float-epochs"),
+        ("--start-epoch", COUNT0, None, "epoch to start with, also on resume (the original ignored it there)"),
+        ("--lr --learning-rate", REAL, 0.01, "learning rate; the original's 0.1 is for training from scratch"),
+        ("--momentum", REAL0, 0.9, "of SGD"),
+        ("--wd --weight-decay", REAL0, 1e-4, "weight decay, not applied to learned scales"),
+        ("--lr-schedule", one_of("step", "cosine"), "step", "times 0.1 every 30 epochs, or half a cosine to 0"),
+        ("--warmup-epochs", REAL0, 0.0, "epochs (may be a fraction) in which the rate rises linearly from 0"),
+        ("--accumulate", COUNT, 1, "add up the gradients of N batches per step"),
+        ("--fix-BN", SWITCH, False, "train with BatchNorms folded under their running statistics"),
+        ("--fix-BN-threshold", COUNT, None,
+         "fold BatchNorms from the N-th training batch on, counted across resumes (not in the original)"),
+        ("--reestimate-bn", COUNT0, 0,
+         "re-estimate BatchNorm statistics on N training batches after the last epoch"),
+        ("--evaluate-times", ANY, 1, "validations per epoch (in the original: more of them, with distillation only)"),
+        ("--checkpoint-iter", ANY, -1, "save every N batches besides every epoch (did nothing in the original)"),
+    ),
+    "distillation": (
+        ("--distill-method", one_of("None", "KD_naive"), "None", "learn from a float teacher's softened outputs"),
+        ("--teacher-arch", NAME, "resnet101",
+         "the teacher; give the student's own --arch to learn from its float self"),
+        ("--teacher-weights", FILE, None, "its float state_dict; without it the published weights are used"),
+        ("--distill-alpha", SIGNED, 0.95,
+         "weight of the teacher's term, 0 to 1; the KL divergence is a mean over the batch, not over classes as in "
+         "the original"),
+        ("--temperature", Kind(float, "T"), 6.0, "softening"),
+    ),
+    "running": (
+        ("-e --evaluate", SWITCH, False,
+         "evaluate the integer graph only: the checkpoint of --resume, or a fresh calibration"),
+        ("--resume", FILE, None,
+         "checkpoint to continue bit for bit, or to start training from (after --epochs 0); brings its architecture, "
+         "scheme, weights and quantizers; a missing file is an error (the original went on with random weights)"),
+        ("--save-path", FOLDER, None,
+         "folder of the run's files (default: that of --resume, else runs/ARCH_SCHEME; the original put it in front of "
+         "the file names)"),
+        ("--report", FILE, None, "write everything measured as JSON"),
+        ("--tensorboard", SWITCH, False, "write curves into the save folder for TensorBoard"),
+        ("--device", NAME, "", "cpu, cuda or cuda:N (default: cuda if there is one)"),
+        ("--gpu", COUNT0, None, "the same as --device cuda:N"),
+        ("--threads", COUNT, None, "CPU threads (default: torch's own choice; on resume as many as before)"),
+        ("--seed", ANY, 0, "of initialisation, order, augmentation and subsets (the original had none)"),
+        ("-p --print-freq", COUNT, 10, "batches between updates of the progress bar's figures"),
+    ),
+    "flags of the original with one sensible value": (
+        ("--quant-mode", one_of("symmetric"), "symmetric",
+         "the sign of an activation follows from the graph here, scales are symmetric (the original ignored this)"),
+        ("--bias-bit", one_of(32), 32, "biases are 32-bit integers (0 crashed in the original)"),
+        ("--fixed-point-quantization", SWITCH, False,
+         "also evaluate the float simulation of quantization; the integer graph is evaluated in any case"),
+        ("--resume-quantize", SWITCH, False,
+         "accepted with --resume: checkpoints made here always restore their quantizers"),
+        ("--world-size", ANY, 1, "training runs in one process; more are refused"),
+        ("--rank", ANY, 0, "accepted as 0"),
+        ("--dist-url", Kind(str, "URL"), None, "accepted, has no effect"),
+        ("--dist-backend", NAME, None, "accepted, has no effect"),
+        ("--multiprocessing-distributed", SWITCH, False, "accepted with at most one GPU, where it has no effect"),
+    ),
+}
+# fmt: on
+
+EPOCHS, DIGITS_EPOCHS, DIGITS_FLOAT_EPOCHS = 90, 5, 15
+# What a resumed run takes from its file instead, and what other flags already say.
+NOT_RESUMED = ("weights", "pretrained", "float_epochs", "start_epoch", "gpu", "resume", "arch", "quant_scheme")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers mistakes with one sentence, not with the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; see ``--help``."""
-    parser = argparse.ArgumentParser(
+    """The parser; see ``--help``. Its ``parse_args`` raises UserError."""
+    parser = _Parser(
         prog="quant_train.py",
-        description="Quantize a float CNN to mixed precision, train it quantization-aware, convert it to one integer graph and evaluate that.",
+        description="Quantize a float CNN to mixed precision, train it quantization-aware, convert it to one integer "
+        "graph and evaluate that.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    for add in (_network, _data, _quantization, _training, _distillation, _running, _kept):
-        add(parser)
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for names, kind, default, text in rows:
+            shown = default not in (None, False, -1, "") and "action" not in dict(kind.options)
+            group.add_argument(
+                *names.split(),
+                dest=_attribute(names),
+                default=default,
+                help=text + (" (default: %(default)s)" if shown else ""),
+                **_arguments(kind),
+            )
     return parser
 
 
-def _network(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("network")
-    g.add_argument(
-        "-a",
-        "--arch",
-        metavar="NAME",
-        help="PyTorchCV name, torchvision name (or torchvision/NAME), or 'digits' (default: resnet18, or digits without --data)",
-    )
-    g.add_argument("--weights", type=Path, metavar="FILE", help="float state_dict to start from")
-    g.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="start from published weights (downloaded once; offline, the answer names the file to place by hand)",
-    )
-    g.add_argument("--num-classes", type=int, metavar="N", help="classes of the network (default: the architecture's)")
+def _arguments(kind: Kind) -> dict[str, Any]:
+    options = dict(kind.options)
+    if "action" in options:
+        return options
+    return {"type": kind.parse, **options} | ({"choices": kind.choices} if kind.choices else {"metavar": kind.metavar})
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder with train/ and val/ (one folder a class), torchvision's CIFAR-10 folder, or 'digits'; only val/ is needed with -e and --epochs 0 (which then calibrates on val/ and says so)",
-    )
-    g.add_argument(
-        "-b",
-        "--batch-size",
-        type=_positive(int),
-        default=128,
-        metavar="N",
-        help="images per batch (default: %(default)s)",
-    )
-    g.add_argument(
-        "-j",
-        "--workers",
-        type=_positive(int, zero=True),
-        default=4,
-        metavar="N",
-        help="processes that decode images (default: %(default)s, at most one per core)",
-    )
-    g.add_argument(
-        "--data-percentage",
-        type=_positive(float),
-        default=1.0,
-        metavar="P",
-        help="share of the training images to use, 0 to 1; the same images for the same --seed",
-    )
-    for name, what in (("mean", "mean"), ("std", "standard deviation")):
-        g.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            metavar="X",
-            help=f"{what} of the input normalisation, one value or one per channel (default: the architecture's)",
-        )
-    g.add_argument("--resize", type=int, metavar="N", help="shortest edge before the crop, 0 for none")
-    g.add_argument(
-        "--crop",
-        "--input-size",
-        dest="input_size",
-        type=int,
-        metavar="N",
-        help="edge of the centre crop, which is the network's input",
-    )
-    g.add_argument(
-        "--rotate180", action="store_true", help="turn images upside down (for weights made for such images)"
-    )
+def _attribute(names: str) -> str:
+    return _long_name(names).removeprefix("--").replace("-", "_").lower()
 
 
-def _quantization(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("quantization")
-    g.add_argument(
-        "--quant-scheme",
-        default="uniform8",
-        metavar="SCHEME",
-        help="a published scheme (bops_0.5, ...), uniformN or wXaY with 2 to 8 bits, a YAML file, or 'float' for no quantization (default: %(default)s)",
-    )
-    g.add_argument(
-        "--summary", action="store_true", help="print every layer's bits with reason, size and BOPS, then stop"
-    )
-    g.add_argument(
-        "--calibration",
-        choices=METHODS,
-        default="mse",
-        help="how activation ranges are found before training (default: %(default)s)",
-    )
-    g.add_argument(
-        "--calib-images",
-        type=_positive(int),
-        default=512,
-        metavar="N",
-        help="images of the fixed calibration subset (default: %(default)s)",
-    )
-    g.add_argument(
-        "--calib-percentile",
-        type=_percentile,
-        default=99.99,
-        metavar="P",
-        help="percentile of --calibration percentile (default: %(default)s)",
-    )
-    g.add_argument(
-        "--act-range",
-        choices=ACT_RANGES,
-        default="ema",
-        help="activation ranges in training: ema follows the batches, lsq learns the scales of activations and weights (default: %(default)s)",
-    )
-    g.add_argument(
-        "--act-range-momentum",
-        type=float,
-        default=-1.0,
-        metavar="M",
-        help="weight of the old range in the moving average, 0.9 to 0.99; -1 keeps running extremes (default: %(default)s)",
-    )
-    g.add_argument(
-        "--act-percentile",
-        type=_percentile,
-        default=0.0,
-        metavar="P",
-        help="take this percentile of each training batch as its range, 0 for its extremes",
-    )
-    g.add_argument(
-        "--weight-percentile",
-        type=_percentile,
-        default=0.0,
-        metavar="P",
-        help="the same for weight ranges (the original ignored it for unfolded BatchNorm and linear layers)",
-    )
-    g.add_argument(
-        "--channel-wise",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="one weight scale per output channel (in the original, giving the flag switched this off)",
-    )
-    g.add_argument("--strict-integer", action="store_true", help="refuse networks in which an operator stays in float")
-    g.add_argument(
-        "--agreement-images",
-        type=_positive(int),
-        default=256,
-        metavar="N",
-        help="images on which simulation and integer graph are compared (default: %(default)s)",
-    )
-
-
-def _training(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("training")
-    g.add_argument(
-        "--epochs",
-        type=_positive(int, zero=True),
-        metavar="N",
-        help="epochs of quantization-aware training; 0 calibrates, converts, evaluates and saves (default: 90; 5 for the digits)",
-    )
-    g.add_argument(
-        "--float-epochs",
-        type=_positive(int, zero=True),
-        metavar="N",
-        help="train the float network first (default: 0; 15 for the digits without --weights)",
-    )
-    g.add_argument(
-        "--start-epoch", type=_positive(int, zero=True), metavar="N", help="override the epoch of a resumed run"
-    )
-    g.add_argument(
-        "--lr",
-        "--learning-rate",
-        type=_positive(float),
-        default=0.01,
-        metavar="X",
-        help="learning rate (default: %(default)s; the original's 0.1 is for training from scratch)",
-    )
-    g.add_argument(
-        "--momentum", type=_positive(float, zero=True), default=0.9, metavar="X", help="of SGD (default: %(default)s)"
-    )
-    g.add_argument(
-        "--wd",
-        "--weight-decay",
-        type=_positive(float, zero=True),
-        default=1e-4,
-        metavar="X",
-        help="weight decay, not applied to learned scales (default: %(default)s)",
-    )
-    g.add_argument(
-        "--lr-schedule",
-        choices=("step", "cosine"),
-        default="step",
-        help="times 0.1 every 30 epochs, or half a cosine to 0 (default: %(default)s)",
-    )
-    g.add_argument(
-        "--warmup-epochs",
-        type=_positive(float, zero=True),
-        default=0.0,
-        metavar="X",
-        help="epochs (may be a fraction) in which the rate rises linearly from 0",
-    )
-    g.add_argument(
-        "--accumulate", type=_positive(int), default=1, metavar="N", help="add up the gradients of N batches per step"
-    )
-    g.add_argument(
-        "--fix-BN",
-        dest="fix_bn",
-        action="store_true",
-        help="train with BatchNorms folded under their running statistics",
-    )
-    g.add_argument(
-        "--fix-BN-threshold",
-        dest="fix_bn_threshold",
-        type=_positive(int),
-        metavar="N",
-        help="fold BatchNorms from the N-th training step on (counted across resumes)",
-    )
-    g.add_argument(
-        "--reestimate-bn",
-        type=_positive(int, zero=True),
-        default=0,
-        metavar="N",
-        help="re-estimate BatchNorm statistics on N training batches after the last epoch",
-    )
-    g.add_argument(
-        "--evaluate-times", type=int, default=1, metavar="N", help="validations per epoch (default: %(default)s)"
-    )
-    g.add_argument(
-        "--checkpoint-iter",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="save every N steps besides every epoch (did nothing in the original)",
-    )
-
-
-def _distillation(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("distillation")
-    g.add_argument(
-        "--distill-method",
-        choices=("None", "KD_naive"),
-        default="None",
-        help="learn from a float teacher's softened outputs (default: %(default)s)",
-    )
-    g.add_argument(
-        "--teacher-arch",
-        default="resnet101",
-        metavar="NAME",
-        help="the teacher; give the student's own --arch to learn from its float self (default: %(default)s)",
-    )
-    g.add_argument(
-        "--teacher-weights",
-        type=Path,
-        metavar="FILE",
-        help="its float state_dict; without it the published weights are used",
-    )
-    g.add_argument(
-        "--distill-alpha",
-        type=float,
-        default=0.95,
-        metavar="X",
-        help="weight of the teacher's term, 0 to 1 (default: %(default)s); the KL divergence is a mean over the batch, not over classes as in the original",
-    )
-    g.add_argument("--temperature", type=float, default=6.0, metavar="T", help="softening (default: %(default)s)")
-
-
-def _running(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("running")
-    g.add_argument(
-        "-e",
-        "--evaluate",
-        action="store_true",
-        help="evaluate only: the checkpoint of --resume, or a fresh calibration",
-    )
-    g.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint to continue bit for bit, or to start training from (calibrated ones have 0 epochs behind them)",
-    )
-    g.add_argument(
-        "--save-path",
-        type=Path,
-        metavar="DIR",
-        help="folder for checkpoints, integer graph and log (default: runs/ARCH_SCHEME)",
-    )
-    g.add_argument("--report", type=Path, metavar="FILE", help="write everything measured as JSON")
-    g.add_argument("--tensorboard", action="store_true", help="write curves into the save folder for TensorBoard")
-    g.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    g.add_argument("--gpu", type=int, metavar="N", help="the same as --device cuda:N")
-    g.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's own choice)")
-    g.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of initialisation, order, augmentation and subsets (default: %(default)s)",
-    )
-    g.add_argument(
-        "-p",
-        "--print-freq",
-        type=_positive(int),
-        default=10,
-        metavar="N",
-        help="batches between updates of the progress bar's figures (default: %(default)s)",
-    )
-
-
-def _kept(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("flags of the original with one sensible value")
-    g.add_argument(
-        "--quant-mode",
-        choices=("symmetric",),
-        default="symmetric",
-        help="the sign of an activation follows from the graph here, scales are symmetric (the original ignored this flag)",
-    )
-    g.add_argument(
-        "--bias-bit", type=int, choices=(32,), default=32, help="biases are 32-bit integers (0 crashed in the original)"
-    )
-    g.add_argument(
-        "--fixed-point-quantization",
-        action="store_true",
-        help="also evaluate the float simulation of quantization; the integer graph is evaluated in any case",
-    )
-    g.add_argument(
-        "--resume-quantize",
-        action="store_true",
-        help="accepted with --resume: checkpoints made here always restore their quantizers",
-    )
-    for name, default in (("world-size", 1), ("rank", 0)):
-        g.add_argument(
-            f"--{name}", type=int, default=default, help="training runs in one process; other values are refused"
-        )
+def _long_name(names: str) -> str:
+    return next(name for name in names.split() if name.startswith("--"))
 
 
 def check(args: argparse.Namespace) -> None:
-    """Cross-checks that argparse cannot make; fills in defaults that depend on other flags.  Raises UserError."""
-    if args.world_size not in (-1, 1) or args.rank not in (-1, 0):
+    """Cross-checks that argparse cannot make, before anything is read.  Raises UserError."""
+    processes = max(args.world_size, torch.cuda.device_count() if args.multiprocessing_distributed else 1)
+    if processes > 1 or args.rank > 0:
+        asked = max(processes, args.rank + 1)
         raise UserError(
-            f"--world-size {args.world_size} --rank {args.rank}: training runs in one process on one device; leave both flags out"
+            f"--world-size, --rank and --multiprocessing-distributed ask for {asked} training processes here; training "
+            "runs in one process on one device, leave them out"
         )
     if args.resume_quantize and args.resume is None:
         raise UserError("--resume-quantize needs --resume FILE to say which checkpoint")
+    if args.resume is not None and (args.weights is not None or args.pretrained):
+        raise UserError("--resume brings its own weights; leave out --weights and --pretrained, or leave out --resume")
     if args.data_percentage > 1:
         raise UserError(f"--data-percentage is {args.data_percentage}, expected a share of more than 0 and at most 1")
     if args.act_range_momentum != -1 and not 0 <= args.act_range_momentum < 1:
         raise UserError(f"--act-range-momentum is {args.act_range_momentum}, expected -1 or 0 to 1")
-    if args.data is None and (args.arch in (None, DIGITS)):
+    if args.distill_method != "None":
+        check_distillation(args.distill_alpha, args.temperature)
+    if args.gpu is not None and args.device not in ("", f"cuda:{args.gpu}"):
+        raise UserError(f"--gpu {args.gpu} and --device {args.device} name two devices; give one of them")
+
+
+def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None) -> None:
+    """Defaults that depend on other flags, and on arch and scheme of the checkpoint to resume.  Raises UserError."""
+    args.arch = args.arch or arch
+    if args.data is None and args.arch in (None, DIGITS):
         args.data = DIGITS
     if args.data is None and not args.summary:
         raise UserError(
-            f"--data is missing: give the folder with the images for {args.arch} (train/ and val/, or CIFAR-10's), or leave out -a for the embedded digits"
+            f"--data is missing: give the folder with the images for {args.arch} (train/ and val/, or CIFAR's), or "
+            "leave out -a for the embedded digits"
         )
     if args.arch is None:
         args.arch = DIGITS if args.data == DIGITS else "resnet18"
-    fresh_digits = args.data == DIGITS and args.weights is None and args.resume is None
+    args.quant_scheme = args.quant_scheme or scheme or "uniform8"
+    fresh_digits = args.data == DIGITS and args.weights is None and args.resume is None and not args.evaluate
     if args.epochs is None:
-        args.epochs = 5 if args.data == DIGITS else 90
+        args.epochs = DIGITS_EPOCHS if args.data == DIGITS else EPOCHS
     if args.float_epochs is None:
-        args.float_epochs = 15 if fresh_digits and not args.evaluate else 0
-    if args.device is None:
-        args.device = f"cuda:{args.gpu}" if args.gpu is not None else ""
+        args.float_epochs = DIGITS_FLOAT_EPOCHS if fresh_digits else 0
+    if args.gpu is not None:
+        args.device = f"cuda:{args.gpu}"
     if args.save_path is None:
-        args.save_path = (
-            Path("runs")
-            / f"{args.arch.replace('/', '_')}_{Path(args.quant_scheme).stem if args.quant_scheme.endswith(('.yaml', '.yml')) else args.quant_scheme}"
-        )
+        args.save_path = args.resume.parent if args.resume is not None else Path("runs") / _run_name(args)
+
+
+def _run_name(args: argparse.Namespace) -> str:
+    scheme = Path(args.quant_scheme).stem if args.quant_scheme.endswith((".yaml", ".yml")) else args.quant_scheme
+    return f"{args.arch}_{scheme}".replace("/", "_")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError now for a --save-path or --report that could not be written hours later; makes nothing."""
+    ancestor = next(path for path in (args.save_path, *args.save_path.absolute().parents) if path.exists())
+    _check_folder("--save-path", args.save_path, ancestor)
+    if args.report is None:
+        return
+    folder = args.report.absolute().parent
+    if args.report.is_dir():
+        raise UserError(f"--report {args.report} is a folder; give the name of a file in it")
+    if folder.exists():
+        _check_folder("--report", args.report, folder)
+    elif folder != args.save_path.absolute():
+        raise UserError(f"--report {args.report}: the folder {args.report.parent} does not exist; make it first")
+
+
+def _check_folder(flag: str, path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: {folder} is not a folder; give another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: no permission to write into {folder}; give another place")
+
+
+def resume_command(args: argparse.Namespace, script: Path, checkpoint: Path) -> str:
+    """The complete command line that continues a run from ``checkpoint``, quoted for a shell.
+
+    args: parsed and filled in.  script: path of quant_train.py.
+    """
+    words = ["python", os.path.relpath(script), "--resume", str(checkpoint)]
+    for names, kind, default, _ in (row for rows in FLAGS.values() for row in rows):
+        key = _attribute(names)
+        if key not in NOT_RESUMED and vars(args)[key] != default:
+            words += _flag_words(_long_name(names), kind, vars(args)[key])
+    return shlex.join(words)
+
+
+def _flag_words(name: str, kind: Kind, value: Any) -> Iterator[str]:
+    if kind is YES_NO and value is False:
+        yield name.replace("--", "--no-", 1)
+        return
+    yield name
+    if "action" not in dict(kind.options):
+        yield from (str(v) for v in (value if isinstance(value, list) else [value]))

@@ -70,9 +70,43 @@ def _interpolate(x: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     return x
 
 
+def _same_image_shape(x: TensorType, attrs: Attrs) -> tuple[int, ...]:
+    require(len(x.shape) == 3, f"the input has shape {x.shape}, expected (C, H, W)")
+    return x.shape
+
+
+def _instance_norm_shape(x: TensorType, attrs: Attrs) -> tuple[int, ...]:
+    for key in ("weight", "bias"):
+        good = isinstance(attrs[key], list) and len(attrs[key]) == x.shape[0]
+        require(good, f"attribute {key} must list one number for each of {x.shape[0]} channels")
+    return _same_image_shape(x, attrs)
+
+
+def _instance_norm(x: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps) * weight + bias per image and channel, the sums exact in integers."""
+    scale = attrs["input_scale"]
+    q = np.rint(x / np.float32(scale)).astype(np.int64)
+    count = q.shape[2] * q.shape[3]
+    total, squares = (v.sum(axis=(2, 3), keepdims=True) for v in (q, q * q))
+    variance = (count * squares - total * total).astype(np.float64)
+    normalised = (count * q - total) / np.sqrt(variance + attrs["eps"] / (scale * scale) * (count * count))
+    weight, bias = (np.array(attrs[key], np.float64)[:, None, None] for key in ("weight", "bias"))
+    return (normalised * weight + bias).astype(np.float32)
+
+
+def _local_response_norm(x: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    """x / (k + alpha * mean of x^2 over `size` neighbouring channels)^beta, in float64."""
+    size, wide = attrs["size"], x.astype(np.float64)
+    padded = np.pad(wide * wide, ((0, 0), (size // 2, (size - 1) // 2), (0, 0), (0, 0)))
+    total = sum(padded[:, i : i + x.shape[1]] for i in range(size))
+    return (wide / (attrs["k"] + attrs["alpha"] * (total / size)) ** attrs["beta"]).astype(np.float32)
+
+
 FUNCTIONS: Mapping[str, Island] = {
     "softmax": Island(lambda x, attrs: x.shape, _softmax),
     "interpolate": Island(_interpolated_shape, _interpolate, ("size", "align_corners")),
+    "instance_norm": Island(_instance_norm_shape, _instance_norm, ("eps", "weight", "bias")),
+    "local_response_norm": Island(_same_image_shape, _local_response_norm, ("size", "alpha", "beta", "k")),
 }
 
 

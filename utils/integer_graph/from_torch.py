@@ -5,7 +5,6 @@ multipliers, and whatever accumulators cannot hold is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,36 +13,18 @@ from torch import Tensor
 
 from utils.data_utils import normalize
 from utils.errors import UserError
+from utils.integer_graph.converted import Pending, Value, element_numbers, moved, stored_shape, value_of_shape
 from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node
 from utils.integer_graph.movement import materialise
 from utils.integer_graph.ops import make_node, verify
 from utils.preprocess import Preprocess
 from utils.quantization_utils.dyadic import dyadic, dyadic16, dyadic_array
-from utils.quantization_utils.float_graph import Op
+from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer
 
 MIN_RATIO = 2.0**-61
 INT32_LIMIT = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What an operator of the quantized model became: a node, and the real value of its integers' steps.
-
-    scale: float64 [1] or [C].  index: pending data movement on the node's elements, see ``movement``.
-    """
-
-    node: Node
-    scale: np.ndarray
-    index: Any = None
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """An operator whose result waits for the scale its quantizer gives it."""
-
-    finish: Callable[[str, Quantizer], Node]
 
 
 class _Converter:
@@ -52,6 +33,7 @@ class _Converter:
         self.ops = {op.name: op for op in model.ops}
         self.nodes: list[Node] = []
         self.values: dict[str, Any] = {}
+        self.movements: dict[tuple[Any, ...], Node] = {}
 
     def emit(self, node: Node) -> Node:
         self.nodes.append(node)
@@ -59,26 +41,40 @@ class _Converter:
 
     def convert(self) -> list[Node]:
         for op in self.model.ops:
-            self.values[op.name] = _HANDLERS[op.kind](self, op)
+            try:
+                self.values[op.name] = _HANDLERS[op.kind](self, op)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"the {op.kind} {op.name!r} in {_where(op)} cannot be converted: {error}") from error
         return self.nodes
 
-    def value(self, name: str) -> _Value:
-        """A finished input of an operator, its data movement carried out."""
+    def value(self, name: str) -> Value:
+        """A finished input of an operator, its data movement carried out, in the shape the graph stores."""
         value = self.values[name]
-        if isinstance(value, _Value) and value.index is not None:
-            node = materialise(value.node, value.index, name, self.emit)
-            if node is None:
-                op = self.ops[name]
-                raise UserError(
-                    f"the data movement {name!r} in module {op.path!r} is no channel selection, crop, pad, stride or "
-                    "repetition; it has no integer form"
-                )
-            value = self.values[name] = _Value(node, value.scale)
-        assert isinstance(value, _Value), f"{name} has no quantizer"
-        return value
+        assert isinstance(value, Value), f"{name} has no quantizer"
+        return value if value.index is None else self.moved(value, value.index, name)
 
-    def inputs(self, op: Op) -> list[_Value]:
+    def moved(self, value: Value, index: np.ndarray, name: str) -> Value:
+        """``value`` with its elements rearranged; made once for each name and arrangement."""
+        index = index.reshape(stored_shape(index.shape))
+        key = (value.node.name, index.shape, index.tobytes())
+        if key not in self.movements:
+            node = materialise(value.node, index, name, self.emit)
+            if node is None:
+                raise UserError(
+                    f"the data movement {name!r} in {_where(self.ops[name])} is no selection of channels, crop, pad, "
+                    "stride or repetition; it has no integer form"
+                )
+            self.movements[key] = node
+        return Value(self.movements[key], value.scale)
+
+    def inputs(self, op: Op) -> list[Value]:
         return [self.value(name) for name in op.inputs if self.ops[name].kind != "host"]
+
+
+def _where(op: Op) -> str:
+    return f"module {op.path!r}" if op.path else "the model's forward"
 
 
 def _scalar(scale: Tensor) -> float:
@@ -94,11 +90,11 @@ def _rounded(quantizer: Quantizer) -> dict[str, Any]:
     return {"rounding": "up", **_clamp(quantizer)}
 
 
-def _ratios(source: _Value, quantizer: Quantizer) -> np.ndarray:
+def _ratios(source: Value, quantizer: Quantizer) -> np.ndarray:
     return np.maximum(source.scale / _scalar(quantizer.scale), MIN_RATIO)
 
 
-def _multipliers(source: _Value, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
+def _multipliers(source: Value, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
     """Multiplier int32 and shift uint8, one per entry of the source's scale; 15-bit ones for 16-bit operands."""
     ratios = _ratios(source, quantizer)
     if 8 < source.node.type.bits <= 16:
@@ -110,13 +106,13 @@ def _multipliers(source: _Value, quantizer: Quantizer) -> tuple[np.ndarray, np.n
 # ---- one handler per kind of operator ------------------------------------------------------------------------------
 
 
-def _input(c: _Converter, op: Op) -> _Pending:
+def _input(c: _Converter, op: Op) -> Pending:
     def finish(name: str, quantizer: Quantizer) -> Node:
         table = _input_table(c.preprocess, quantizer)
         attrs = {"shape": list(op.shape), "bits": quantizer.bits, "signed": quantizer.signed}
         return make_node(name, "image", attrs=attrs, arrays={"table": table}, scale=_scalar(quantizer.scale))
 
-    return _Pending(finish)
+    return Pending(finish)
 
 
 def _input_table(preprocess: Preprocess, quantizer: Quantizer) -> np.ndarray:
@@ -128,8 +124,11 @@ def _input_table(preprocess: Preprocess, quantizer: Quantizer) -> np.ndarray:
     return (real * scale.reciprocal()).round().clamp(lo, hi).to(torch.int16).numpy().T
 
 
-def _layer(c: _Converter, op: Op) -> _Value:
+def _layer(c: _Converter, op: Op) -> Value:
     source = c.inputs(op)[0]
+    if op.kind == "affine" and len(op.shape) == 1:
+        shape = {"shape": [*op.shape, 1, 1]}
+        source = Value(c.emit(make_node(f"{op.name}.pixel", "reshape", [source.node], attrs=shape)), source.scale)
     layer: Any = op.module
     parts = layer.integer_weights()
     scale = parts.scale.double().cpu().numpy() * float(source.scale[0])
@@ -147,7 +146,7 @@ def _layer(c: _Converter, op: Op) -> _Value:
         node = make_node(op.attrs["layer"], name, [source.node], attrs=attrs, arrays=arrays)
     except ValueError as error:
         raise UserError(f"layer {op.attrs['layer']!r} cannot be converted: {error}") from error
-    return _Value(c.emit(node), scale)
+    return value_of_shape(c.emit(node), scale, op.shape)
 
 
 def _geometry(op: Op, layer: Any) -> dict[str, Any]:
@@ -176,11 +175,11 @@ def _padding(conv: torch.nn.Conv2d) -> list[int]:
     return [rows, rows, cols, cols]
 
 
-def _quantize(c: _Converter, op: Op) -> _Value:
+def _quantize(c: _Converter, op: Op) -> Value:
     quantizer = op.module
     assert isinstance(quantizer, Quantizer)
     source = c.values[op.inputs[0]]
-    if isinstance(source, _Pending):
+    if isinstance(source, Pending):
         node = source.finish(op.name, quantizer)
     else:
         value = c.value(op.inputs[0])
@@ -188,18 +187,18 @@ def _quantize(c: _Converter, op: Op) -> _Value:
         arrays = {"multiplier": multiplier, "shift": shift}
         scale = _scalar(quantizer.scale)
         node = make_node(op.name, "requantize", [value.node], attrs=_rounded(quantizer), arrays=arrays, scale=scale)
-    return _Value(c.emit(node), np.array([_scalar(quantizer.scale)]))
+    return value_of_shape(c.emit(node), np.array([_scalar(quantizer.scale)]), op.shape)
 
 
-def _joined(kind: str) -> Callable[[_Converter, Op], _Pending]:
+def _joined(kind: str) -> Callable[[_Converter, Op], Pending]:
     """Sums and concats: every branch has its own multipliers."""
 
-    def handler(c: _Converter, op: Op) -> _Pending:
+    def handler(c: _Converter, op: Op) -> Pending:
         order = op.attrs.get("order", range(len(op.inputs)))
         sources = [c.value(op.inputs[i]) for i in order] * op.attrs.get("repeat", 1)
 
         def finish(name: str, quantizer: Quantizer) -> Node:
-            arrays = {}
+            arrays: dict[str, np.ndarray] = {}
             for i, source in enumerate(sources):
                 arrays[f"multiplier{i}"], arrays[f"shift{i}"] = _multipliers(source, quantizer)
             nodes = [source.node for source in sources]
@@ -207,25 +206,34 @@ def _joined(kind: str) -> Callable[[_Converter, Op], _Pending]:
                 name, kind, nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale)
             )
 
-        return _Pending(finish)
+        return Pending(finish)
 
     return handler
 
 
-def _mul(c: _Converter, op: Op) -> _Pending:
-    left, right = (c.inputs(op) * op.attrs.get("repeat", 1))[:2]
+def _mul(c: _Converter, op: Op) -> Pending:
+    left, right = ([_factor(c, op, name) for name in op.inputs] * op.attrs.get("repeat", 1))[:2]
 
     def finish(name: str, quantizer: Quantizer) -> Node:
         ratio = max(float(left.scale[0] * right.scale[0]) / _scalar(quantizer.scale), MIN_RATIO)
         m, e = dyadic(ratio, output_bits=quantizer.bits)
-        arrays = {"multiplier": np.array([m], np.int32), "shift": np.array([e], np.uint8)}
+        arrays: dict[str, np.ndarray] = {"multiplier": np.array([m], np.int32), "shift": np.array([e], np.uint8)}
         nodes = [left.node, right.node]
         return make_node(name, "mul", nodes, attrs=_rounded(quantizer), arrays=arrays, scale=_scalar(quantizer.scale))
 
-    return _Pending(finish)
+    return Pending(finish)
 
 
-def _avg_pool(c: _Converter, op: Op) -> _Pending:
+def _factor(c: _Converter, op: Op, name: str) -> Value:
+    """One factor of a product; with more than three axes, those that the graph merges must be equally long."""
+    value = c.values[name]
+    if len(op.shape) < 4 or value.index is None:
+        return c.value(name)
+    index = np.broadcast_to(value.index, (*op.shape[:-2], *value.index.shape[-2:]))
+    return c.moved(value, index, name)
+
+
+def _avg_pool(c: _Converter, op: Op) -> Pending:
     source = c.inputs(op)[0]
     windows = op.attrs["windows"]
 
@@ -233,20 +241,19 @@ def _avg_pool(c: _Converter, op: Op) -> _Pending:
         ratio = float(_ratios(source, quantizer)[0])
         area = windows.area[:1, :1] if (windows.area == windows.area.flat[0]).all() else windows.area
         multiplier, shift = dyadic_array(ratio / area, output_bits=quantizer.bits)
-        arrays = {"multiplier": multiplier.reshape(area.shape), "shift": shift.reshape(area.shape)}
+        arrays: dict[str, np.ndarray] = {
+            "multiplier": multiplier.reshape(area.shape),
+            "shift": shift.reshape(area.shape),
+        }
         sides = ("row_start", "row_stop", "col_start", "col_stop")
-        attrs = {**{s: list(getattr(windows, s)) for s in sides}, **_rounded(quantizer)}
+        attrs: dict[str, Any] = {**{s: list(getattr(windows, s)) for s in sides}, **_rounded(quantizer)}
         scale = _scalar(quantizer.scale)
-        shape = (source.node.type.shape[0], len(windows.row_start), len(windows.col_start))
-        if shape == op.shape:
-            return make_node(name, "avg_pool", [source.node], attrs=attrs, arrays=arrays, scale=scale)
-        pooled = c.emit(make_node(f"{name}.window", "avg_pool", [source.node], attrs=attrs, arrays=arrays, scale=scale))
-        return make_node(name, "reshape", [pooled], attrs={"shape": list(op.shape)})
+        return make_node(name, "avg_pool", [source.node], attrs=attrs, arrays=arrays, scale=scale)
 
-    return _Pending(finish)
+    return Pending(finish)
 
 
-def _function(c: _Converter, op: Op) -> _Pending:
+def _function(c: _Converter, op: Op) -> Pending:
     source = c.inputs(op)[0]
 
     def finish(name: str, quantizer: Quantizer) -> Node:
@@ -264,27 +271,26 @@ def _function(c: _Converter, op: Op) -> _Pending:
         scale = _scalar(quantizer.scale)
         return make_node(name, "lookup", [source.node], attrs=attrs, arrays={"table": table}, scale=scale)
 
-    return _Pending(finish)
+    return Pending(finish)
 
 
-def _island(c: _Converter, op: Op) -> _Pending:
+def _island(c: _Converter, op: Op) -> Pending:
     source = c.inputs(op)[0]
 
     def finish(name: str, quantizer: Quantizer) -> Node:
-        parameters = {k: v for k, v in op.attrs.items() if k != "function"}
         attrs = {
             "function": op.attrs["function"],
-            **parameters,
+            **op.attrs["parameters"](),
             "input_scale": float(np.float32(source.scale[0])),
             "inverse_scale": float(quantizer.scale.reciprocal()),
             **_clamp(quantizer),
         }
         return make_node(name, "float_op", [source.node], attrs=attrs, scale=_scalar(quantizer.scale))
 
-    return _Pending(finish)
+    return Pending(finish)
 
 
-def _clip(c: _Converter, op: Op) -> _Value:
+def _clip(c: _Converter, op: Op) -> Value:
     source = c.inputs(op)[0]
     limits = {}
     for side, fallback in (("lo", source.node.type.lo), ("hi", source.node.type.hi)):
@@ -292,66 +298,46 @@ def _clip(c: _Converter, op: Op) -> _Value:
         bound = np.full(1, fallback) if real is None else np.rint(real / source.scale)
         limits[side] = np.clip(bound, source.node.type.lo, source.node.type.hi).astype(np.int32)
     limits["lo"], limits["hi"] = (a.copy() for a in np.broadcast_arrays(limits["lo"], limits["hi"]))
-    return _Value(c.emit(make_node(op.name, "clip", [source.node], arrays=limits)), source.scale)
+    return Value(c.emit(make_node(op.name, "clip", [source.node], arrays=limits)), source.scale)
 
 
-def _max_pool(c: _Converter, op: Op) -> _Value:
+def _max_pool(c: _Converter, op: Op) -> Value:
     source = c.inputs(op)[0]
     attrs = {k: op.attrs[k] for k in ("kernel", "stride", "padding", "dilation", "ceil_mode")}
-    return _Value(c.emit(make_node(op.name, "max_pool", [source.node], attrs=attrs)), source.scale)
+    return Value(c.emit(make_node(op.name, "max_pool", [source.node], attrs=attrs)), source.scale)
 
 
-def _scale(c: _Converter, op: Op) -> _Value:
+def _scale(c: _Converter, op: Op) -> Value:
     source = c.inputs(op)[0]
-    return _Value(source.node, source.scale * op.attrs["factor"])
+    return Value(source.node, source.scale * op.attrs["factor"])
 
 
 def _identity(c: _Converter, op: Op) -> Any:
     return c.values[op.inputs[0]]
 
 
-TRACE_BATCH = 2
-
-
 def _host(c: _Converter, op: Op) -> Any:
-    """Arithmetic on the batch size, carried out for the two images that data movement is traced with."""
+    """Arithmetic on the batch size, carried out for the images that data movement is traced with."""
     arguments = [c.values[i] for i in op.inputs]
-    return op.run(*[_element_numbers(a) if isinstance(a, (_Value, _Pending)) else a for a in arguments])
-
-
-def _element_numbers(value: Any) -> Tensor:
-    if isinstance(value, _Pending):
-        return torch.zeros(TRACE_BATCH, 1)
-    if value.index is not None:
-        return torch.from_numpy(np.stack([value.index] * TRACE_BATCH))
-    shape = value.node.type.shape
-    return torch.arange(int(np.prod(shape))).reshape(1, *shape).repeat(TRACE_BATCH, *([1] * len(shape)))
+    return op.run(*[element_numbers(a) if isinstance(a, Value | Pending) else a for a in arguments])
 
 
 def _move(c: _Converter, op: Op) -> Any:
-    """Run data movement on element numbers counted from 1, so that padded zeros show."""
-    source = next(c.values[i] for i in op.inputs if c.ops[i].kind != "host")
+    """Run data movement on element numbers; it stays pending until an operator reads its result."""
+    values = [c.values[i] for i in op.inputs if c.ops[i].kind != "host"]
+    source = values[0]
     if isinstance(source, list):  # one part of a split
         return op.run(source)
-    if source.scale.size > 1:
-        raise UserError(
-            f"the data movement {op.name!r} in module {op.path!r} works on accumulators, which is not supported"
-        )
-    arguments = [_element_numbers(source) + 1.0 if c.ops[i].kind != "host" else c.values[i] for i in op.inputs]
-    result = op.run(*[a.double() if isinstance(a, Tensor) else a for a in arguments])
-    return _moved(source, result)
+    if any(value.node is not source.node for value in values):
+        raise ValueError("it joins tensors of different scales")
+    numbers = [element_numbers(c.values[i]) if c.ops[i].kind != "host" else c.values[i] for i in op.inputs]
+    return moved(source, op.run(*numbers))
 
 
-def _moved(source: _Value, result: Any) -> Any:
-    if isinstance(result, (tuple, list)):
-        return [_moved(source, part) for part in result]
-    return _Value(source.node, source.scale, (result[0].numpy().round() - 1).astype(np.int64))
-
-
-def _output(c: _Converter, op: Op) -> _Value:
+def _output(c: _Converter, op: Op) -> Value:
     source = c.inputs(op)[0]
     scale = source.scale.astype(np.float32)
-    return _Value(c.emit(make_node("logits", "logits", [source.node], arrays={"scale": scale})), source.scale)
+    return Value(c.emit(make_node("logits", "logits", [source.node], arrays={"scale": scale})), source.scale)
 
 
 _HANDLERS: Mapping[str, Callable[[_Converter, Op], Any]] = {

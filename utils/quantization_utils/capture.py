@@ -17,15 +17,22 @@ from torch import Tensor, fx, nn
 
 from utils.errors import UserError
 
-# Modules kept whole: one-input functions and random-depth units whose insides would need pattern matching.
-# They are named by class so that no model library is imported here.
-LEAF_CLASSES = frozenset({"HSwish", "HSigmoid", "Swish", "GhostHSigmoid", "StochasticDepth"})
+# Modules kept whole: one-input functions and random-depth units whose insides would need pattern matching, and a
+# matrix square root that cannot be traced.  They are named by class so that no model library is imported here.
+LEAF_CLASSES = frozenset({"HSwish", "HSigmoid", "Swish", "GhostHSigmoid", "StochasticDepth", "iSQRTCOVPool"})
+REVERSIBLE = "ReversibleBlock"
 TRACE_BATCH = 2
+REASON_LENGTH = 200  # characters of somebody else's exception in a message
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured model.  ``graph`` nodes carry ``meta``: shape (without batch), path, holds."""
+    """A captured model.
+
+    ``graph`` nodes carry ``meta``: ``path`` of the module they run in, ``shape`` (without batch, tensors only),
+    ``holds`` (tensor, tensors or host), ``constant`` (does not depend on the image) and, on get_attr nodes, ``value``.
+    ``guards`` lists the Python decisions that were fixed while tracing.
+    """
 
     model: nn.Module
     graph: fx.Graph
@@ -64,7 +71,9 @@ class _ValueProxy(fx.Proxy):
 
 
 def _symbolic_shape(proxy: _ValueProxy) -> tuple[Any, ...]:
-    """The shape of a proxy's tensor: batch as a graph value, the rest as integers."""
+    """The shape of a proxy's tensor: batch as a graph value, the rest as integers (all of a constant's)."""
+    if proxy.node.meta["constant"]:
+        return tuple(proxy.value.shape)
     batch = proxy.tracer.create_proxy("call_method", "size", (proxy, 0), {})
     return (batch, *proxy.value.shape[1:])
 
@@ -95,6 +104,8 @@ class _Tracer(fx.Tracer):
         if self._computing:
             return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
+        if type(m).__name__ == REVERSIBLE:
+            forward = _reversible(m)
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()  # left in place by an exception: the error message names it
         return result
@@ -114,11 +125,22 @@ class _Tracer(fx.Tracer):
                 return shortcut
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         proxy.value = self._evaluate(kind, target, args, kwargs)
-        proxy.node.meta["path"] = self.path[-1] if self.path else ""
-        proxy.node.meta["holds"] = _holds(proxy.value)
+        meta = proxy.node.meta
+        meta["path"] = self.path[-1] if self.path else ""
+        meta["holds"] = _holds(proxy.value)
+        sources = proxy.node.all_input_nodes
+        meta["constant"] = kind == "get_attr" or (bool(sources) and all(n.meta["constant"] for n in sources))
         if isinstance(proxy.value, Tensor):
-            proxy.node.meta["shape"] = tuple(proxy.value.shape[1:])
+            meta["shape"] = tuple(proxy.value.shape[1:])
         return proxy
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
+        """Constants met in arguments become get_attr nodes without a proxy, so these are described here."""
+        node = super().create_node(kind, target, *rest, **options)
+        if kind == "get_attr":
+            value = self._evaluate(kind, target, (), {})
+            node.meta.update(path="", holds=_holds(value), constant=True, value=value)
+        return node
 
     def _shape_method(self, name: str, proxy: _ValueProxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "dim":
@@ -128,7 +150,8 @@ class _Tracer(fx.Tracer):
         dims = args or tuple(kwargs.values())
         if not dims:
             return _symbolic_shape(proxy)
-        return proxy.value.shape[dims[0]] if dims[0] not in (0, -proxy.value.dim()) else None
+        is_batch = dims[0] in (0, -proxy.value.dim()) and not proxy.node.meta["constant"]
+        return None if is_batch else proxy.value.shape[dims[0]]
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         values = fx.node.map_aggregate(args, _value_of)
@@ -195,18 +218,37 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     device = example_input.device if parameter is None else parameter.device
     example = example_input[:1].detach().to(device).repeat(TRACE_BATCH, *([1] * (example_input.dim() - 1)))
     tracer = _Tracer(example)
+    before = set(vars(model))
     try:
         with torch.no_grad():
             graph = tracer.trace(model)
     except Exception as error:
-        path = tracer.path[-1] if tracer.path else ""
-        where = f"module {path!r} ({_class_name(model, path)})" if path else f"the model ({type(model).__name__})"
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot capture {where} for an input of shape {tuple(example_input.shape[1:])}: "
-            f"{type(error).__name__}: {reason}; check the input size, or rewrite that forward with plain tensor operators"
-        ) from error
+        raise _refusal(model, tracer, error) from error
+    finally:
+        for name in set(vars(model)) - before:  # fx stores constants on the model; the graph's nodes hold them too
+            delattr(model, name)
     return Captured(model, graph, tuple(example.shape[1:]), tuple(tracer.guards))
+
+
+def _refusal(model: nn.Module, tracer: _Tracer, error: Exception) -> UserError:
+    path = tracer.path[-1] if tracer.path else ""
+    where = f"module {path!r} ({_class_name(model, path)})" if path else f"the model ({type(model).__name__})"
+    reason = " ".join(str(error).split())[:REASON_LENGTH]
+    return UserError(
+        f"cannot capture {where} for an input of shape {tuple(tracer.example.shape[1:])}: {type(error).__name__}: "
+        f"{reason}; check the input size, or rewrite that forward with plain tensor operators"
+    )
+
+
+def _reversible(m: Any) -> Callable[[Any], Any]:
+    """What PyTorchCV's ReversibleBlock computes; its own forward is a custom autograd function that frees its input."""
+
+    def forward(x: Any) -> Any:
+        x1, x2 = torch.chunk(x, chunks=2, dim=1)
+        y1 = x1 + m.fm(x2.contiguous())
+        return torch.cat((y1, x2 + m.gm(y1)), dim=1)
+
+    return forward
 
 
 def _default_arguments(model: nn.Module) -> list[Any]:

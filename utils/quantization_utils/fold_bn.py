@@ -10,7 +10,8 @@ def affine_of(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
 
     ``k = gamma / sqrt(var + eps)``, ``shift = beta - mean * k``.  Differentiable in gamma and beta.
     """
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     sigma = torch.sqrt(bn.running_var + bn.eps)
     k = sigma.reciprocal() if bn.weight is None else bn.weight / sigma
     shift = -bn.running_mean * k

@@ -89,6 +89,9 @@ class Mse:
 
     def update(self, x: Tensor) -> None:
         low, high = (float(v) for v in batch_range(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.low = self.high = math.nan  # stays: the range of such a tensor is refused
+            return
         self.low, self.high = min(self.low, low), max(self.high, high)
         values = x.detach().abs() if self.signed else x.detach()
         self._grow(max(-low, high) if self.signed else high)
@@ -105,7 +108,7 @@ class Mse:
 
     def result(self) -> tuple[Tensor, Tensor]:
         limit = max(-self.low, self.high) if self.signed else self.high
-        if limit <= 0:
+        if not limit > 0:  # nothing above zero, or not finite
             return torch.tensor(self.low), torch.tensor(max(self.high, 0.0))
         best = self._search(limit)
         return torch.tensor(max(self.low, -best)), torch.tensor(min(self.high, best))

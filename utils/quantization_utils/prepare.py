@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from utils.quantization_utils.capture import Captured
 from utils.quantization_utils.cost_model import Layer, LayerBits
-from utils.quantization_utils.float_graph import Op, float_graph
+from utils.quantization_utils.float_graph import float_graph
+from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.quant_modules import QuantBatchNorm, Quantizer, QuantLayer, RoundedAdd
 
 LAYER_KINDS = ("conv", "linear", "affine")
@@ -31,7 +32,7 @@ _OVERWRITABLE = ("conv", "affine", "add", "concat", "avg_pool", "mul")
 
 @dataclass
 class Network:
-    """A float graph after folding, with who reads what."""
+    """A float graph after folding, with who reads what (arithmetic on the batch size does not count as reading)."""
 
     ops: list[Op]
     input_shape: tuple[int, ...]
@@ -40,7 +41,7 @@ class Network:
         self.by_name = {op.name: op for op in self.ops}
         self.readers: dict[str, list[Op]] = {op.name: [] for op in self.ops}
         for op in self.ops:
-            for source in op.inputs:
+            for source in op.inputs if op.kind != "host" else ():
                 self.readers[source].append(op)
 
     def tensor_input(self, op: Op) -> Op:
@@ -192,7 +193,8 @@ class _Placement:
         if op.kind == "function":
             return bool(op.attrs["nonnegative"])
         if op.kind == "island":
-            return op.attrs["function"] == "softmax" or self.nonnegative(self.network.tensor_input(op))
+            keeps_sign = op.attrs["function"] != "instance_norm"
+            return op.attrs["function"] == "softmax" or (keeps_sign and self.nonnegative(self.network.tensor_input(op)))
         if op.kind in (*PASSING, "avg_pool", "concat", "add", "mul"):
             sources = [self.network.by_name[i] for i in op.inputs if self.network.by_name[i].kind != "host"]
             return all(self.nonnegative(source) for source in sources)
@@ -313,7 +315,7 @@ class QuantizedModel(nn.Module):
             arguments.clear()
             for name in dead:
                 del values[name]
-        return values[self.ops[-1].name]  # type: ignore[no-any-return]
+        return values[self.ops[-1].name]
 
     @torch.no_grad()
     def activation_integers(self, images: Tensor) -> dict[str, Tensor]:

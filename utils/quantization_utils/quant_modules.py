@@ -23,9 +23,10 @@ from utils.quantization_utils.quant_primitives import (
     MIN_WEIGHT_SCALE,
     FakeQuantize,
     FakeQuantizeLearned,
-    FakeQuantizeRelu,
     FakeQuantizeWeight,
+    Relu,
     activation_scale,
+    dense,
     int_range,
     per_channel,
     quantize,
@@ -98,7 +99,10 @@ class Quantizer(nn.Module):
     def _clipped(self, x: Tensor) -> Tensor:
         if self.ceiling is not None:
             return x.clamp(0.0 if self.relu else None, self.ceiling)
-        return torch.relu(x) if self.relu else x
+        if not self.relu:
+            return x
+        clipped: Tensor = Relu.apply(dense(x)) if self.in_place else torch.relu(x)
+        return clipped
 
     def _track(self, x: Tensor) -> None:
         """Follow the range of training batches: running extremes, or ``momentum * old + (1-momentum) * batch``."""
@@ -112,18 +116,15 @@ class Quantizer(nn.Module):
                 )
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        lo, hi = int_range(self.bits, self.signed)
+        lo, hi = self.bounds()
         if self.learned is not None and self.training:
             scale = self.learned.clamp_min(MIN_ACTIVATION_SCALE)
-            lo = 0 if self.relu else lo
-            result: Tensor = FakeQuantizeLearned.apply(x, scale, lo, hi, 1 / math.sqrt(x.numel() * hi))
-            return result
-        if self.ceiling is not None:
-            lo, hi = self.bounds()
-        x = x if self.in_place else x.clone()
-        if self.relu:
-            return FakeQuantizeRelu.apply(x, self.scale, hi)
-        return FakeQuantize.apply(x, self.scale, lo, hi)
+            gradient_scale = 1 / math.sqrt(x.numel() * hi)
+            learned: Tensor = FakeQuantizeLearned.apply(dense(x), scale, lo, hi, gradient_scale)
+            return learned
+        own = dense(x) if self.in_place else x.clone()
+        fixed: Tensor = FakeQuantize.apply(own, self.scale, lo, hi, self.relu)
+        return fixed
 
     def integers(self, x: Tensor) -> Tensor:
         """The integers behind a fake-quantized tensor (int32), for comparison with the integer graph."""
@@ -219,11 +220,10 @@ class QuantLayer(nn.Module):
 
     def _fake(self, weight: Tensor, scale: Tensor) -> Tensor:
         lo, hi = self._integer_range()
-        scale = per_channel(scale, weight)
         if self.learned is not None and self.training:
             gradient_scale = 1 / math.sqrt(weight[0].numel() * hi)
-            return FakeQuantizeLearned.apply(weight, scale, lo, hi, gradient_scale)
-        return FakeQuantizeWeight.apply(weight, scale, lo, hi)
+            return FakeQuantizeLearned.apply(weight.contiguous(), scale, lo, hi, gradient_scale)
+        return FakeQuantizeWeight.apply(weight, per_channel(scale, weight), lo, hi)
 
     @torch.no_grad()
     def integer_weights(self) -> IntegerWeights:

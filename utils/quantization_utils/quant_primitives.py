@@ -5,6 +5,7 @@ expression in training, calibration and conversion.
 Sources: HAWQ-V3, arXiv 2011.10680 (symmetric, static ranges); LSQ, arXiv 1902.08153 (learned scales).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,82 +67,148 @@ def per_channel(scale: Tensor, like: Tensor) -> Tensor:
     return scale.reshape(-1, *([1] * (like.dim() - 1)))
 
 
-_SCRATCH: dict[torch.device, Tensor] = {}
+# Elements worked on at a time: a few passes over one piece stay in the cache.  Reused buffers for the same reason;
+# fresh large allocations cost more than the arithmetic on them.
+PIECE = 1 << 20
+_BUFFERS: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
 
-def _scratch(like: Tensor) -> Tensor:
-    """A reused float32 buffer shaped like ``like``: fresh large allocations cost more than the arithmetic on them."""
-    buffer = _SCRATCH.get(like.device)
-    if buffer is None or buffer.numel() < like.numel():
-        buffer = _SCRATCH[like.device] = torch.empty(like.numel(), device=like.device)
-    # The buffer has x's own memory order, so that channels-last tensors stay so.
-    return buffer[: like.numel()].as_strided(like.shape, like.stride())
+def _buffer(like: Tensor, slot: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Reused memory of the shape of one piece; what an earlier call left in the same slot is overwritten."""
+    key = (like.device, dtype, slot)
+    memory = _BUFFERS.get(key)
+    if memory is None or memory.numel() < like.numel():
+        memory = _BUFFERS[key] = torch.empty(max(PIECE, like.numel()), dtype=dtype, device=like.device)
+    return memory[: like.numel()].view(like.shape)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself if its elements lie side by side in memory, in whatever order of axes; a copy otherwise."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last else x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, [1, numel]."""
+    return x.as_strided((1, x.numel()), (x.numel(), 1))
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient in the memory order of ``x``."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching pieces [1, PIECE] of [1, N] tensors."""
+    yield from zip(*(t.split(PIECE, dim=1) for t in tensors), strict=True)
+
+
+class Relu(Function):
+    """ReLU in place that keeps one byte per element for its backward, not the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 0)
+        ctx.mark_dirty(x)
+        return x.relu_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inside,) = ctx.saved_tensors
+        return _masked(grad, inside)
+
+
+def _masked(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad * inside`` in the memory order of the bool ``inside``."""
+    grad = _like(grad, inside)
+    result = torch.empty_like(grad)
+    for piece, mask, out in _pieces(_flat(grad), _flat(inside), _flat(result)):
+        torch.mul(piece, _buffer(piece).copy_(mask), out=out)
+    return result
 
 
 class FakeQuantize(Function):
     """``clamp(round(x / s), lo, hi) * s`` in place on ``x``; the gradient passes where x was inside the range.
 
     x: float32, dense, not needed by its producer's backward (batch norm, convolution and add do not need theirs).
+    relu: the ReLU in front is absorbed: lo is 0 and no gradient passes below zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-        scaled = torch.mul(x, scale.reciprocal(), out=_scratch(x))
-        torch.clamp(scaled, lo - 0.5, hi + 0.5, out=x)
-        ctx.save_for_backward(torch.eq(x, scaled))
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, relu: bool) -> Tensor:
+        inside = torch.empty_like(x, dtype=torch.bool)
+        inverse, low = scale.reciprocal(), 0.0 if relu else lo - 0.5
+        for piece, mask in _pieces(_flat(x), _flat(inside)):
+            scaled = torch.mul(piece, inverse, out=_buffer(piece))
+            torch.clamp(scaled, low, hi + 0.5, out=piece)
+            torch.eq(piece, scaled, out=mask)
+            piece.round_().clamp_(lo, hi).mul_(scale)
+        ctx.save_for_backward(inside)
         ctx.mark_dirty(x)
-        return x.round_().clamp_(lo, hi).mul_(scale)
+        return x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * _scratch(inside).copy_(inside), None, None, None
-
-
-class FakeQuantizeRelu(Function):
-    """:class:`FakeQuantize` to unsigned integers with the ReLU in front absorbed: no gradient below zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, hi: int) -> Tensor:
-        scaled = torch.mul(x, scale.reciprocal(), out=_scratch(x))
-        torch.clamp(scaled, 0, hi + 0.5, out=x)
-        ctx.save_for_backward(torch.eq(x, scaled))
-        ctx.mark_dirty(x)
-        return x.round_().clamp_(max=hi).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * _scratch(inside).copy_(inside), None, None
+        return _masked(grad, inside), None, None, None, None
 
 
 class FakeQuantizeLearned(Function):
     """Fake quantization whose scale is learned (LSQ, equations 1 to 3).
 
     The gradient of the scale is ``sum(grad * (round(x/s) - x/s))`` inside the range and ``sum(grad * bound)``
-    outside, times ``gradient_scale`` (LSQ: ``1/sqrt(numel * hi)``).  scale: one element, or [O, 1, ...] for weights.
+    outside, times ``gradient_scale`` (LSQ: ``1/sqrt(numel * hi)``).  With y the result both terms together are
+    ``(sum(grad * y) - sum(grad * x, inside)) / s``.  x: dense; scale: 0-d, or [O] for weights [O, ...].
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.bounds = lo, hi, gradient_scale
-        return torch.mul(x, scale.reciprocal()).clamp_(lo, hi).round_().mul_(scale)
+        result, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        rows = (_rows(t, scale) for t in (x, result, inside))
+        for piece, step, out, mask in _with_scale(scale.reshape(-1, 1), *rows):
+            scaled = torch.mul(piece, step.reciprocal(), out=_buffer(piece))
+            torch.clamp(scaled, lo, hi, out=out)
+            torch.eq(out, scaled, out=mask)
+            out.round_().mul_(step)
+        ctx.save_for_backward(x, scale, result, inside)
+        ctx.gradient_scale = gradient_scale
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, scale = ctx.saved_tensors
-        lo, hi, gradient_scale = ctx.bounds
-        scaled = torch.mul(x, scale.reciprocal(), out=_scratch(x))
-        clamped = scaled.clamp(lo, hi)
-        inside = torch.eq(clamped, scaled)
-        # Inside: round(t) - t.  Outside: the bound, which is round(clamped).
-        term = clamped.round_().sub_(scaled.mul_(inside))
-        grad_scale = term.mul_(grad).sum_to_size(scale.shape).mul_(gradient_scale)
-        return grad * scaled.copy_(inside), grad_scale, None, None, None
+        x, scale, result, inside = ctx.saved_tensors
+        passed, parts = torch.empty_like(x), []
+        rows = (_rows(t, scale) for t in (x, _like(grad, x), result, inside, passed))
+        for piece, step, g, y, mask, out in _with_scale(scale.reshape(-1, 1), *rows):
+            torch.mul(g, _buffer(piece).copy_(mask), out=out)
+            parts.append((_row_dots(g, y) - _row_dots(out, piece)) / step[:, 0])
+        total = torch.cat(parts) if scale.dim() else torch.stack(parts).sum()
+        return passed, (total * ctx.gradient_scale).reshape(scale.shape), None, None, None
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of matching rows, [rows]."""
+    if a.shape[0] == 1:
+        return torch.dot(a[0], b[0]).reshape(1)
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
+
+
+def _rows(x: Tensor, scale: Tensor) -> Tensor:
+    """[1, numel] for one scale, [O, L] for a scale per output channel (weights are contiguous)."""
+    return x.reshape(scale.shape[0], -1) if scale.dim() else _flat(x)
+
+
+def _with_scale(column: Tensor, first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of the tensors, each with the scales [rows, 1] that belong to it in second place."""
+    if first.shape[0] == 1:
+        for piece in _pieces(first, *others):
+            yield piece[0], column, *piece[1:]
+    else:
+        size = max(1, PIECE // max(first.shape[1], 1))
+        yield from zip(first.split(size), column.split(size), *(t.split(size) for t in others), strict=True)
 
 
 class FakeQuantizeWeight(Function):

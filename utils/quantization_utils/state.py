@@ -51,7 +51,8 @@ def _matching(saved: State, own: set[str], what: str) -> list[tuple[str, dict[st
     if different:
         side = "the checkpoint" if different[0] in saved else "this network"
         raise UserError(
-            f"the {what} {different[0]!r} exists only in {side}; resume with the --arch and --quant-scheme it was saved with"
+            f"the {what} {different[0]!r} exists only in {side}; "
+            "resume with the --arch and --quant-scheme it was saved with"
         )
     return list(saved.items())
 

@@ -1,6 +1,7 @@
 """Settings of quantization-aware training on a prepared model: ranges, weights, BatchNorm, parameter groups."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,29 +69,39 @@ def freeze_float_bn(model: nn.Module) -> None:
 def reestimate_bn(model: QuantizedModel, batches: Iterable[Tensor]) -> int:
     """Replace the running statistics by the average over some batches of the quantized network as it now is.
 
-    batches: float32 [N, C, H, W], normalised.  Returns the number of batches; with none the statistics stay.
+    batches: float32 [N, C, H, W], normalised.  Returns the number of batches; the model is left in eval mode.
+    Raises UserError, with the statistics unchanged, when there is none.
     """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise UserError("--reestimate-bn got 0 images; give at least one batch of training images")
     norms = [module for module in model.model.modules() if isinstance(module, _BatchNorm)]
-    saved = [(bn.momentum, bn.running_mean, bn.running_var) for bn in norms]
-    tracking = [(q, q.tracking) for q in model.activation_quantizers().values()]
-    frozen = any(layer.frozen for layer in model.weight_layers().values())
-    count = 0
-    for quantizer, _ in tracking:
-        quantizer.tracking = False
+    momenta = [bn.momentum for bn in norms]
     for bn in norms:
         bn.reset_running_stats()
         bn.momentum = None  # cumulative average
+    count = _run_live(model, chain([first], iterator))
+    for bn, momentum in zip(norms, momenta, strict=True):
+        bn.momentum = momentum
+    return count
+
+
+def _run_live(model: QuantizedModel, batches: Iterable[Tensor]) -> int:
+    """Forward passes with live BatchNorms and fixed ranges; everything else is as before afterwards."""
+    tracking = {quantizer: quantizer.tracking for quantizer in model.activation_quantizers().values()}
+    frozen = {layer: layer.frozen for layer in model.weight_layers().values()}
+    for quantizer in tracking:
+        quantizer.tracking = False
     model.freeze_bn(False)
     model.train()
+    count = 0
     for batch in batches:
         model(batch)
         count += 1
     model.eval()
-    for quantizer, old in tracking:
+    for quantizer, old in tracking.items():
         quantizer.tracking = old
-    model.freeze_bn(frozen)
-    for bn, (momentum, _, _) in zip(norms, saved, strict=True):
-        bn.momentum = momentum
-    if count == 0:
-        raise UserError("--reestimate-bn got 0 images; give at least one batch of training images")
+    for layer, was_frozen in frozen.items():
+        layer.frozen = was_frozen
     return count

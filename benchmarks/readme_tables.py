@@ -1,0 +1,79 @@
+"""Renders results/*.csv as tables between markers in README.md, so that no number there is typed by hand.
+
+    python -m benchmarks.readme_tables [--check]
+
+A marker names a file and, if not all are wanted, its columns:
+
+    <!-- table results/demo.csv: scheme, how, size KiB -->
+    <!-- end table -->
+
+What stands between the two lines is replaced.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.atomic_file import write_atomically
+from utils.errors import UserError
+from utils.provenance import read_csv
+from utils.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = re.compile(
+    r"^(?P<begin><!-- table (?P<file>[^\s:]+)(?:: (?P<columns>[^\n]+?))? -->)\n"
+    r"(?P<old>(?:(?!<!-- table ).*\n)*?)(?P<end><!-- end table -->)$",
+    re.MULTILINE,
+)
+
+
+def render(text: str, root: Path) -> str:
+    """``text`` with every marked table made from its file.  root: the folder that file names start from.
+
+    Raises UserError for a file that cannot be read or has no rows, and for a column that it does not have.
+    """
+    return MARKER.sub(lambda match: _block(match, root), text)
+
+
+def _block(match: re.Match[str], root: Path) -> str:
+    _, rows = read_csv(root / match["file"])
+    if not rows:
+        raise UserError(f"the table {match['file']} has no rows; measure again or remove its marker")
+    columns = match["columns"].split(", ") if match["columns"] else list(rows[0])
+    for column in columns:
+        if column not in rows[0]:
+            raise UserError(f"{match['file']} has no column {column!r}; expected some of {', '.join(rows[0])}")
+    table = markdown_table([{column: row[column] for column in columns} for row in rows])
+    return f"{match['begin']}\n\n{table}\n\n{match['end']}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 where --check finds README.md out of date; 2 for files that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is out of date")
+    args = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    try:
+        old = readme.read_text(encoding="utf-8")
+        new = render(old, ROOT)
+        if args.check:
+            print("README.md is up to date" if new == old else "README.md is out of date: run make readme")
+            return int(new != old)
+        _write(readme, new)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Tables in the README are those in results/."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme_tables import ROOT, main, render
+from utils.errors import UserError
+
+CSV = "# cpu: some\nscheme,top-1\nuniform8,99.44\nuniform4,98.9\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/a.csv").write_text(CSV)
+    return tmp_path
+
+
+def test_renders_between_the_markers_only(root: Path) -> None:
+    text = "before\n<!-- table results/a.csv -->\nold\n<!-- end table -->\nafter\n"
+    expected = "| scheme | top-1 |\n|---|---:|\n| uniform8 | 99.44 |\n| uniform4 | 98.9 |"
+    assert render(text, root) == text.replace("old", f"\n{expected}\n")
+
+
+def test_rendering_twice_changes_nothing(root: Path) -> None:
+    text = "".join(f"<!-- table results/a.csv{columns} -->\n<!-- end table -->\n" for columns in ("", ": top-1"))
+    once = render(text, root)
+    assert render(once, root) == once
+    assert "| top-1 |\n|---:|\n| 99.44 |" in once
+
+
+def test_refuses_unknown_columns_and_files(root: Path) -> None:
+    with pytest.raises(UserError, match="no column 'top-5'; expected some of scheme, top-1"):
+        render("<!-- table results/a.csv: top-5 -->\n<!-- end table -->", root)
+    with pytest.raises(UserError, match="cannot read the table"):
+        render("<!-- table results/b.csv -->\n<!-- end table -->", root)
+    (root / "results/a.csv").write_text("scheme,top-1\n")
+    with pytest.raises(UserError, match="has no rows"):
+        render("<!-- table results/a.csv -->\n<!-- end table -->", root)
+
+
+def test_readme_is_in_sync_with_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_files_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in ("docs/demo.png", "docs/architecture.md", "CHANGELOG.md", "LICENSE"):
+        assert name in text
+        assert (ROOT / name).is_file()
+    assert (ROOT / "docs/demo.png").stat().st_size < 100_000

@@ -1,0 +1,49 @@
+"""The picture is a PNG and shows what it was given."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from utils.plots import AFTER, SchemePoint, draw_accuracy, draw_bits, plot_schemes
+
+POINTS = [SchemePoint("uniform8", 99.0, 100.0, 32.2, 90.9), SchemePoint("uniform2", 30.0, 90.0, 8.6, 6.8)]
+BITS = {"uniform8": {"features.a.conv": (8, 8), "b": (8, 8)}, "uniform2": {"features.a.conv": (2, 4), "b": (8, 8)}}
+
+
+def test_writes_a_png(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "p.png"
+    plot_schemes(path, POINTS, BITS, float_top1=99.5, images=360, title="t")
+    with Image.open(path) as image:
+        image.verify()
+        assert image.format == "PNG"
+        assert min(image.size) >= 400
+    assert path.stat().st_size < 100_000
+    assert [p.name for p in path.parent.iterdir()] == ["p.png"]
+
+
+def test_same_input_same_file(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        plot_schemes(tmp_path / name, POINTS, BITS, float_top1=99.5, images=360, title="t")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_points_stand_at_their_cost_and_on_their_accuracy() -> None:
+    axes = Figure().add_subplot()
+    draw_accuracy(axes, POINTS, [p.size for p in POINTS], 99.5, images=360)
+    trained = next(line for line in axes.lines if line.get_color() == AFTER)
+    x, y = trained.get_data()
+    assert list(x) == [32.2, 8.6]
+    label = axes.yaxis.get_major_formatter()
+    assert label(y[1], 0) == "90"
+    assert float(label(y[0], 0)) == pytest.approx(100 - 50 / 360, rel=1e-4)  # no error: drawn at half an error
+    assert {text.get_text() for text in axes.texts} >= {"uniform8", "uniform2"}
+
+
+def test_bits_are_written_in_their_cells() -> None:
+    axes = Figure().add_subplot()
+    draw_bits(axes, BITS)
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0.5, 0.5): "8", (1.5, 0.5): "8", (0.5, 1.5): "2/4", (1.5, 1.5): "8"}
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]

@@ -1,0 +1,164 @@
+"""Pictures of results: accuracy against cost, and the bits of every layer."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from utils.atomic_file import write_atomically
+
+# Two hues that people with any colour vision tell apart (Okabe and Ito, 2008), and a marker each besides.
+BEFORE, AFTER, GREY = "#E69F00", "#0072B2", "#5A5A5A"
+ACCURACIES = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
+MIN_ARROW = 0.15  # decades of the error; a shorter arrow would be hidden by its ends
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class SchemePoint:
+    """One scheme: top-1 (percent) of the integer graph after calibration alone and after training, and its cost.
+
+    size: weights, in any unit; bops: bit operations of one image, in any unit; the axes' labels name the units.
+    """
+
+    scheme: str
+    calibrated: float
+    trained: float
+    size: float
+    bops: float
+
+
+def plot_schemes(
+    path: Path,
+    points: Sequence[SchemePoint],
+    bits: Mapping[str, Mapping[str, tuple[int, int]]],
+    *,
+    float_top1: float,
+    images: int,
+    title: str,
+    size_label: str = "weights, KiB",
+    bops_label: str = "bit operations per image, millions",
+) -> None:
+    """Write one PNG with three panels: accuracy against size, against BOPS, and bits per layer.
+
+    points: one per scheme.  bits: scheme -> layer -> (weight bits, activation bits), the same layers in each.
+    float_top1: percent, a horizontal line.  images: their number; a scheme without a single error is drawn at half an
+    error, as the axis of accuracies is logarithmic in the share of errors.  The file is replaced atomically.
+    Raises UserError where it cannot be written.
+    """
+    heights = (3.4, 0.3 * len(bits) + 0.3)  # inches, roughly
+    figure = Figure(figsize=(10, sum(heights) + 0.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, height_ratios=heights)
+    left = figure.add_subplot(grid[0, 0])
+    right = figure.add_subplot(grid[0, 1], sharey=left)
+    for axes, costs, label in (
+        (left, [p.size for p in points], size_label),
+        (right, [p.bops for p in points], bops_label),
+    ):
+        draw_accuracy(axes, points, costs, float_top1, images)
+        axes.set_xlabel(label)
+    left.set_ylabel("top-1 of the integer graph, %")
+    right.legend(loc="lower right", frameon=False)
+    draw_bits(figure.add_subplot(grid[1, :]), bits)
+    figure.suptitle(title, fontsize=12)
+    save_png(figure, path)
+
+
+def draw_accuracy(
+    axes: Axes, points: Sequence[SchemePoint], costs: Sequence[float], float_top1: float, images: int
+) -> None:
+    """Top-1 before and after training over cost, an arrow from one to the other; higher and further left is better."""
+
+    def height(top1: float) -> float:
+        return -math.log10(max(100 - top1, 50 / images))
+
+    axes.axhline(height(float_top1), color=GREY, linestyle="--", linewidth=1.2, label=f"float, {float_top1:.2f} %")
+    before, after = [height(p.calibrated) for p in points], [height(p.trained) for p in points]
+    arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.0, "shrinkA": 6, "shrinkB": 6}
+    for cost, low, high in zip(costs, before, after, strict=True):
+        if abs(high - low) > MIN_ARROW:
+            axes.annotate("", (cost, high), (cost, low), arrowprops=arrow)
+    axes.plot(
+        costs, before, "D", color=BEFORE, markersize=8, markerfacecolor="white", markeredgewidth=2, label="calibrated"
+    )
+    axes.plot(costs, after, "o", color=AFTER, markersize=9, label="trained (QAT)")
+    for point, cost, low, high in zip(points, costs, before, after, strict=True):
+        axes.annotate(
+            point.scheme,
+            (cost, min(low, high)),
+            (0, -11),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9,
+        )
+    _style_accuracy_axis(axes, [*before, *after, height(float_top1)], costs)
+
+
+def _style_accuracy_axis(axes: Axes, heights: Sequence[float], costs: Sequence[float]) -> None:
+    room = max(max(heights) - min(heights), 0.3)
+    axes.set_ylim(min(heights) - 0.22 * room, max(heights) + 0.1 * room)
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(FixedLocator([-math.log10(100 - accuracy) for accuracy in ACCURACIES]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 - 10**-y:.4g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_bits(axes: Axes, bits: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
+    """A row per scheme, a column per layer; darker is more weight bits, the number tells them (W/A if they differ)."""
+    schemes = list(bits)
+    layers = list(bits[schemes[0]])
+    for row, scheme in enumerate(schemes):
+        for column, layer in enumerate(layers):
+            weight, activation = bits[scheme][layer]
+            shade = 0.12 + 0.75 * (weight - MIN_BITS) / (MAX_BITS - MIN_BITS)
+            axes.add_patch(
+                Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor=AFTER, alpha=shade, linewidth=0)
+            )
+            text = f"{weight}" if weight == activation else f"{weight}/{activation}"
+            axes.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if shade > 0.5 else "black"
+            )
+    axes.set_xlim(0, len(layers))
+    axes.set_ylim(len(schemes), 0)
+    axes.set_xticks([i + 0.5 for i in range(len(layers))], [_short(layer) for layer in layers], fontsize=9)
+    axes.set_yticks([i + 0.5 for i in range(len(schemes))], schemes)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("bits of each layer's weights and input", fontsize=10)
+
+
+def _short(layer: str) -> str:
+    """A layer's name without the parts that repeat in every name.
+
+    >>> _short("features.unit.conv1.conv")
+    'unit.conv1'
+    """
+    return layer.removeprefix("features.").removesuffix(".conv")
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG without time stamp, atomically.  Raises UserError where the file cannot be written."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+
+    def write(file: BinaryIO) -> None:
+        file.write(buffer.getbuffer())
+
+    write_atomically(path, write)
