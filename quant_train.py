@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     started = time.perf_counter()
     resumed = _resumed(args)
     scheme = scheme_of(resumed) if resumed and args.quant_scheme is None else args.quant_scheme
-    fill_in(args, *((resumed["arch"], resumed["scheme"]) if resumed else (None, None)))
+    fill_in(args, *_inherited(resumed))
     device = _machine(args, resumed)
     if not args.summary:
         check_outputs(args)
@@ -100,6 +100,14 @@ def _resumed(args: argparse.Namespace) -> dict[str, Any] | None:
     if missing:
         raise UserError(f"{args.resume} has no entry {missing[0]!r}; it was changed after saving, use another file")
     return contents
+
+
+def _inherited(resumed: dict[str, Any] | None) -> tuple[str | None, str | None, str | None]:
+    """Architecture, scheme and range mode of a checkpoint."""
+    if resumed is None:
+        return None, None, None
+    act_range = resumed["arguments"].get("act_range") if resumed["trainer"] else None
+    return resumed["arch"], resumed["scheme"], act_range
 
 
 def _machine(args: argparse.Namespace, resumed: dict[str, Any] | None) -> torch.device:

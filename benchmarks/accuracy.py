@@ -32,22 +32,14 @@ CASES = {
     "ResNet-56 W8A8, calibration": ("cifar", f"{RESNET56} --quant-scheme uniform8 --epochs 0"),
     "ResNet-20 W4A4, calibration": ("cifar", f"{RESNET20} --quant-scheme uniform4 --epochs 0"),
     "ResNet-20 FP32, 390 steps (control)": ("cifar", f"{RESNET20} --quant-scheme float {ONE_EPOCH}"),
-    "ResNet-20 W4A4, 390 steps, learned scales": (
-        "cifar",
-        f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH} --act-range lsq",
-    ),
+    "ResNet-20 W4A4, 390 steps": ("cifar", f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH}"),
+    "ResNet-20 W4A4, 390 steps, frozen BN": ("cifar", f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH} --fix-BN"),
     "ResNet-20 W4A4, 390 steps, EMA ranges": (
         "cifar",
         f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH} --act-range-momentum 0.99",
     ),
-    "ResNet-20 W3A3, 390 steps, learned scales": (
-        "cifar",
-        f"{RESNET20} --quant-scheme uniform3 {ONE_EPOCH} --act-range lsq",
-    ),
-    "ResNet-20 W2A2, 390 steps, learned scales": (
-        "cifar",
-        f"{RESNET20} --quant-scheme uniform2 {ONE_EPOCH} --act-range lsq",
-    ),
+    "ResNet-20 W3A3, 390 steps": ("cifar", f"{RESNET20} --quant-scheme uniform3 {ONE_EPOCH}"),
+    "ResNet-20 W2A2, 390 steps": ("cifar", f"{RESNET20} --quant-scheme uniform2 {ONE_EPOCH}"),
     "MobileNetV2 W8A8, calibration": ("imagenet", f"{MOBILENET} --quant-scheme uniform8 --epochs 0"),
 }
 KEYS = ("top1_float", "top1_integer", "same_class_as_float", "agreement_top1", "agreement_activations")

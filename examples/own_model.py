@@ -1,7 +1,4 @@
-"""Quantize a network of your own: a plain PyTorch training loop, then integers, a file, and predictions.
-
-python examples/own_model.py [FILE]
-"""
+"""Quantize a network of your own in a plain PyTorch training loop: python examples/own_model.py [FILE]"""
 
 import sys
 from pathlib import Path
@@ -25,7 +22,7 @@ def data(split: str) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, groups: list[dict], images: Tensor, labels: Tensor, lr: float) -> None:
-    """Any loop does; a quantized model trains like a float one."""
+    """Any loop does."""
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
     for _ in range(EPOCHS):
         model.train()

@@ -453,7 +453,7 @@ def assert_equal(a: Any, b: Any, where: str = "checkpoint") -> None:
 
 
 RESUMES = {
-    "ema": ["--quant-scheme", "uniform4"],
+    "ema": ["--quant-scheme", "uniform4", "--act-range", "ema"],
     "lsq": ["--quant-scheme", "uniform4", "--act-range", "lsq", "--lr-schedule", "cosine", "--warmup-epochs", "0.5"],
     "moving average, frozen from batch 5 on, more validations": [
         *("--quant-scheme", "w4a8", "--act-range-momentum", "0.9", "--fix-BN-threshold", "5"),
@@ -509,6 +509,17 @@ def test_finished_run_goes_on_with_more_epochs(tmp_path: Path, weights: list[str
     assert quant_train.main([*flags, *weights[:2], "--epochs", "2", "--save-path", str(tmp_path / "a")]) == 0
     a, b = (load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in "ab")
     assert_equal(b["state_dict"], a["state_dict"])
+
+
+@pytest.mark.parametrize("act_range", ["ema", "lsq"])
+def test_resumed_run_keeps_its_range_mode(act_range: str, tmp_path: Path, weights: list[str]) -> None:
+    flags = [*SMALL, "--save-path", str(tmp_path), "--epochs"]
+    assert quant_train.main([*flags, "1", *weights[:2], "--act-range", act_range]) == 0
+    assert quant_train.main([*flags, "2", "--resume", str(tmp_path / "checkpoint.pth.tar")]) == 0
+    saved = load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    assert saved["arguments"]["act_range"] == act_range
+    learned = [row["learned"] is not None for row in saved["quantizers"]["weights"].values()]
+    assert learned == [act_range == "lsq"] * len(learned)
 
 
 def test_calibrated_checkpoint_starts_training(tmp_path: Path, weights: list[str]) -> None:

@@ -15,6 +15,7 @@ from utils.data_utils import DIGITS
 from utils.distillation import check_distillation
 from utils.errors import UserError
 from utils.quantization_utils.observers import METHODS
+from utils.quantization_utils.quant_modules import RUNNING_MIN_MAX
 from utils.quantization_utils.training import ACT_RANGES
 
 EXAMPLES = """examples:
@@ -117,10 +118,11 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--calibration", one_of(*METHODS), "mse", "how activation ranges are found before training"),
         ("--calib-images", COUNT, 512, "images of the fixed calibration subset"),
         ("--calib-percentile", PERCENTILE, 99.99, "percentile of --calibration percentile"),
-        ("--act-range", one_of(*ACT_RANGES), "ema",
-         "activation ranges in training: ema follows the batches, lsq learns the scales of activations and weights"),
-        ("--act-range-momentum", Kind(float, "M"), -1.0,
-         "weight of the old range in the moving average, 0.9 to 0.99; -1 keeps running extremes"),
+        ("--act-range", one_of(*ACT_RANGES), None,
+         "ranges in training: lsq learns the scales of activations and weights, ema follows the batches as the "
+         "original does (default: as before with --resume, else lsq; ema where one of the three flags below is given)"),
+        ("--act-range-momentum", Kind(float, "M"), None,
+         "weight of the old range in the moving average, 0.9 to 0.99; -1 keeps running extremes (default: -1)"),
         ("--act-percentile", PERCENTILE, 0.0, "range of a training batch: this percentile, 0 for its extremes"),
         ("--weight-percentile", PERCENTILE, 0.0,
          "the same for weight ranges (the original ignored it for unfolded BatchNorm and linear layers)"),
@@ -263,16 +265,20 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--resume brings its own weights; leave out --weights and --pretrained, or leave out --resume")
     if args.data_percentage > 1:
         raise UserError(f"--data-percentage is {args.data_percentage}, expected a share of more than 0 and at most 1")
-    if args.act_range_momentum != -1 and not 0 <= args.act_range_momentum < 1:
-        raise UserError(f"--act-range-momentum is {args.act_range_momentum}, expected -1 or 0 to 1")
+    momentum = args.act_range_momentum
+    if momentum not in (None, -1) and not 0 <= momentum < 1:
+        raise UserError(f"--act-range-momentum is {momentum}, expected -1 or 0 to 1")
     if args.distill_method != "None":
         check_distillation(args.distill_alpha, args.temperature)
     if args.gpu is not None and args.device not in ("", f"cuda:{args.gpu}"):
         raise UserError(f"--gpu {args.gpu} and --device {args.device} name two devices; give one of them")
 
 
-def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None) -> None:
-    """Defaults that depend on other flags, and on arch and scheme of the checkpoint to resume.  Raises UserError."""
+def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_range: str | None = None) -> None:
+    """Defaults that depend on other flags, and on the checkpoint to resume.  Raises UserError.
+
+    arch, scheme: the checkpoint's; act_range: the one it was trained with, None where it was only calibrated.
+    """
     args.arch = args.arch or arch
     if args.data is None and args.arch in (None, DIGITS):
         args.data = DIGITS
@@ -284,6 +290,9 @@ def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None) -> N
     if args.arch is None:
         args.arch = DIGITS if args.data == DIGITS else "resnet18"
     args.quant_scheme = args.quant_scheme or scheme or "uniform8"
+    follows = args.act_range_momentum is not None or args.act_percentile or args.weight_percentile
+    args.act_range = args.act_range or ("ema" if follows else act_range or "lsq")
+    args.act_range_momentum = RUNNING_MIN_MAX if args.act_range_momentum is None else args.act_range_momentum
     fresh_digits = args.data == DIGITS and args.weights is None and args.resume is None and not args.evaluate
     if args.epochs is None:
         args.epochs = DIGITS_EPOCHS if args.data == DIGITS else EPOCHS

@@ -60,13 +60,7 @@ class _Converter:
         index = index.reshape(stored_shape(index.shape))
         key = (value.node.name, index.shape, index.tobytes())
         if key not in self.movements:
-            node = materialise(value.node, index, name, self.emit)
-            if node is None:
-                raise UserError(
-                    f"the data movement {name!r} in {_where(self.ops[name])} is no selection of channels, crop, pad, "
-                    "stride or repetition; it has no integer form"
-                )
-            self.movements[key] = node
+            self.movements[key] = materialise(value.node, index, name, self.emit)
         return Value(self.movements[key], value.scale)
 
     def inputs(self, op: Op) -> list[Value]:

@@ -18,8 +18,8 @@ from utils.quantization_utils.dyadic import dyadic
 Emit = Callable[[Node], Node]
 
 
-def materialise(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node | None:
-    """Nodes that turn ``source`` into the tensor ``index`` describes, or None where no node can.
+def materialise(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node:
+    """Nodes that turn ``source`` into the tensor ``index`` describes.
 
     index: int64, shape of one result image, entries in [-1, source elements).  ``emit`` registers a node.
     """
@@ -29,7 +29,7 @@ def materialise(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node 
     if len(source.type.shape) == 1 or source.type.shape[1:] == (1, 1):
         return _vector(source, index, name, emit)
     found = _spatial(source, index, name, emit) if index.ndim == 3 else None
-    return found or _blocks(source, index, name, emit) or _grouped(source, index, name, emit)
+    return found or _grouped(source, index, name, emit) or _blocks(source, index, name, emit)
 
 
 def _vector(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node:
@@ -52,19 +52,18 @@ def _repeated_pixels(flat: Node, index: np.ndarray, name: str, emit: Emit) -> No
     return pixel and emit(make_node(name, "upsample", [pixel], attrs={"scale": [height, width]}))
 
 
-def _blocks(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node | None:
-    """Channels taken in groups: each source image or each merged block of them as one channel of a reshaped source.
+def _blocks(source: Node, index: np.ndarray, name: str, emit: Emit) -> Node:
+    """Any movement at all: a gather of channels of the source reshaped to one block of elements per channel.
 
-    A block is the longest run of consecutive elements that the movement keeps together; moving whole blocks is a
-    gather of channels of the source reshaped to one block per channel.
+    A block is the longest run of consecutive elements that the movement keeps together everywhere; in a transposition
+    it is a single element, and the gather's index as long as the tensor.
     """
-    flat = index.ravel()
-    starts = flat[:: _block_length(flat, int(np.prod(source.type.shape)))]
-    length = len(flat) // len(starts)
-    if length == 1 or (flat.reshape(-1, length) != _runs(starts, length)).any():
-        return None
-    blocks = _reshape(source, (int(np.prod(source.type.shape)) // length, length, 1), f"{name}.blocks", emit)
-    chosen = emit(_gather(f"{name}.channels", blocks, np.where(starts < 0, -1, starts // length)))
+    flat, size = index.ravel(), int(np.prod(source.type.shape))
+    length = _block_length(flat, size)
+    starts = flat[::length]
+    shape = (size // length,) if length == 1 else (size // length, length, 1)
+    blocks = _reshape(source, shape, f"{name}.blocks", emit)
+    chosen = emit(_gather(f"{name}.elements", blocks, np.where(starts < 0, -1, starts // length)))
     return _reshape(chosen, index.shape, name, emit)
 
 
@@ -107,11 +106,6 @@ def _block_length(flat: np.ndarray, source_size: int) -> int:
     breaks = np.flatnonzero(np.where(flat[:-1] < 0, flat[1:] != -1, flat[1:] != flat[:-1] + 1)) + 1
     filled = flat[np.concatenate([[0], breaks])]
     return int(np.gcd.reduce([len(flat), source_size, *breaks.tolist(), *filled[filled > 0].tolist()]))
-
-
-def _runs(starts: np.ndarray, length: int) -> np.ndarray:
-    """Rows of consecutive numbers from each start; rows of -1 from -1."""
-    return np.where(starts[:, None] < 0, -1, starts[:, None] + np.arange(length))
 
 
 def _reshape(source: Node, shape: tuple[int, ...], name: str, emit: Emit) -> Node:
