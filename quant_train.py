@@ -230,6 +230,8 @@ def _calibrate(job: Run) -> None:
 
 def _configure(job: Run) -> None:
     args = job.args
+    if job.experiment.is_float:
+        return
     configure(
         job.experiment.model,
         act_range=args.act_range if not args.evaluate and args.epochs > 0 else "ema",
@@ -336,6 +338,7 @@ def _report(job: Run, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "commit": commit(),
         "command": job.command,
+        "agreement_narrow": same.narrow if same else None,
         "agreement_images": same.images if same else None,
         "float_islands": experiment.model.islands() if job.graph else None,
         "device": str(experiment.device),

@@ -25,6 +25,11 @@ RESNET20 = f"-a resnet20_cifar10 --weights {{weights}}/cifar10_weights/pytorchcv
 RESNET56 = f"-a resnet56_cifar10 --weights {{weights}}/cifar10_weights/pytorchcv_resnet56_cifar10_bncal.pth {CIFAR}"
 MOBILENET = "-a mobilenetv2_w1 --weights {weights}/imagenet_weights/mobilenetv2_w1.pth --mean .5 --std .5 --rotate180"
 ONE_EPOCH = "--epochs 1 --lr 0.01 --lr-schedule cosine"
+DISTILLED = (
+    "--epochs 1 --lr 0.02 --lr-schedule cosine --fix-BN --distill-method KD_naive --distill-alpha 0.5 --temperature 2 "
+    "--teacher-arch resnet20_cifar10 "
+    "--teacher-weights {weights}/cifar10_weights/pytorchcv_resnet20_cifar10_jpegft.pth"
+)
 
 # Name -> data set, flags.  One epoch of CIFAR-10 at batch 128 is 390 steps.
 CASES = {
@@ -33,7 +38,7 @@ CASES = {
     "ResNet-20 W4A4, calibration": ("cifar", f"{RESNET20} --quant-scheme uniform4 --epochs 0"),
     "ResNet-20 FP32, 390 steps (control)": ("cifar", f"{RESNET20} --quant-scheme float {ONE_EPOCH}"),
     "ResNet-20 W4A4, 390 steps": ("cifar", f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH}"),
-    "ResNet-20 W4A4, 390 steps, frozen BN": ("cifar", f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH} --fix-BN"),
+    "ResNet-20 W4A4, 390 steps, frozen BN, distilled": ("cifar", f"{RESNET20} --quant-scheme uniform4 {DISTILLED}"),
     "ResNet-20 W4A4, 390 steps, EMA ranges": (
         "cifar",
         f"{RESNET20} --quant-scheme uniform4 {ONE_EPOCH} --act-range-momentum 0.99",
@@ -42,7 +47,14 @@ CASES = {
     "ResNet-20 W2A2, 390 steps": ("cifar", f"{RESNET20} --quant-scheme uniform2 {ONE_EPOCH}"),
     "MobileNetV2 W8A8, calibration": ("imagenet", f"{MOBILENET} --quant-scheme uniform8 --epochs 0"),
 }
-KEYS = ("top1_float", "top1_integer", "same_class_as_float", "agreement_top1", "agreement_activations")
+KEYS = (
+    "top1_float",
+    "top1_integer",
+    "same_class_as_float",
+    "agreement_top1",
+    "agreement_activations",
+    "agreement_narrow",
+)
 
 
 def measure(name: str, data: Path, flags: str, weights: Path) -> dict[str, object]:

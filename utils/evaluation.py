@@ -74,10 +74,14 @@ def float_predictor(model: nn.Module, preprocess: Preprocess, device: torch.devi
 
 @dataclass(frozen=True)
 class Agreement:
-    """Percent of predictions and of activation integers that are equal in simulation and integer graph."""
+    """Percent of predictions and of activation integers that are equal in simulation and integer graph.
+
+    ``narrow`` counts activations of at most 8 bits alone: 16-bit residual streams show every rounding of a scale.
+    """
 
     top1: float
     activations: float
+    narrow: float
     images: int
 
 
@@ -91,19 +95,26 @@ def agreement(
     """Compare fake quantization with the integer graph, tensor by tensor, on the first ``limit`` images."""
     model.eval()
     device = next(model.model.parameters()).device
-    same_top1 = images = same = total = 0
+    narrow = {name for name, quantizer in model.activation_quantizers().items() if quantizer.bits <= 8}
+    same_top1 = images = 0
+    counts = {True: [0, 0], False: [0, 0]}  # of at most 8 bits or not: equal integers, all integers
     bar = tqdm(desc="agreement", total=limit, unit="image", leave=False, disable=None)
     for batch in _first(loader, limit):
         simulated = model.activation_integers(normalize(batch.to(device), preprocess))
         integers = engine.run(batch.to(device), keep=True)
         same_top1 += int((simulated.pop("logits").argmax(1) == integers["logits"].argmax(1)).sum())
         for name, values in simulated.items():
-            same += int((integers[name].reshape(values.shape) == values).sum())
-            total += values.numel()
+            counts[name in narrow][0] += int((integers[name].reshape(values.shape) == values).sum())
+            counts[name in narrow][1] += values.numel()
         images += len(batch)
         bar.update(len(batch))
     bar.close()
-    return Agreement(100 * same_top1 / max(images, 1), 100 * same / max(total, 1), images)
+    same, total = (sum(pair) for pair in zip(*counts.values(), strict=True))
+    return Agreement(_percent(same_top1, images), _percent(same, total), _percent(*counts[True]), images)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100 * part / max(whole, 1)
 
 
 def _first(loader: Batches, limit: int) -> Iterator[Tensor]:

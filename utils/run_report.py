@@ -26,7 +26,15 @@ REPORT_KEYS = (
 # Present where they were measured: top1_simulation only with --fixed-point-quantization, same_class_as_float (percent
 # of images to which the integer graph and the float network it came from give one class) where the run began with that.
 SAME = "same_class_as_float"
-EXTRA_KEYS: tuple[str, ...] = ("agreement_images", "float_islands", "device", "threads", "epochs", "best_top1")
+EXTRA_KEYS: tuple[str, ...] = (
+    "agreement_narrow",
+    "agreement_images",
+    "float_islands",
+    "device",
+    "threads",
+    "epochs",
+    "best_top1",
+)
 EXTRA_KEYS += (SAME, "top1_simulation")
 
 
@@ -41,7 +49,8 @@ def format_report(report: Mapping[str, Any], folder: Path) -> str:
         lines += [
             f"  top-1 integer      {_percent(report['top1_integer'])}   top-5 {_percent(report['top5_integer'])}",
             f"  simulation agrees  {_percent(report['agreement_top1'])} of predictions, "
-            f"{_percent(report['agreement_activations'])} of activation integers ({report['agreement_images']} images)",
+            f"{_percent(report['agreement_activations'])} of activation integers, "
+            f"{_percent(report['agreement_narrow'])} of those of at most 8 bits ({report['agreement_images']} images)",
             *same,
             f"  float islands      {', '.join(report['float_islands']) or 'none'}",
         ]

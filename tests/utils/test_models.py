@@ -171,3 +171,13 @@ def test_weights_of_another_architecture_name_a_key(shared: Path) -> None:
         UserError, match=r"does not fit resnet20_cifar10: features\.stage1\.unit4\.\S+ .* is unexpected"
     ):
         create_model("resnet20_cifar10", weights=path)
+
+
+def test_every_name_belongs_to_one_family():
+    families = model_families()
+    names = [name for members in families.values() for name in members]
+    assert len(set(names)) == len(names)
+    assert set(names) >= {name for name in model_names() if name.endswith("_cifar10")}
+    assert families["pytorchcv/resnet_cifar"][0] == "resnet20_cifar10"
+    assert "torchvision/resnet18" in families["torchvision/resnet"]
+    assert not any(family.endswith(("/jasper", "/bisenet", "/raft")) for family in families)

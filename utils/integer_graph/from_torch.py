@@ -4,6 +4,7 @@ The only module that knows both sides.  BatchNorms are folded, weights become in
 multipliers, and whatever accumulators cannot hold is refused.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class _Converter:
         self.nodes: list[Node] = []
         self.values: dict[str, Any] = {}
         self.movements: dict[tuple[Any, ...], Node] = {}
+        self.labels: Counter[str] = Counter()
 
     def emit(self, node: Node) -> Node:
         self.nodes.append(node)
@@ -60,7 +62,10 @@ class _Converter:
         index = index.reshape(stored_shape(index.shape))
         key = (value.node.name, index.shape, index.tobytes())
         if key not in self.movements:
-            self.movements[key] = materialise(value.node, index, name, self.emit)
+            again = name == value.node.name or self.labels[name] > 0
+            self.labels[name] += 1
+            label = f"{name}.move{self.labels[name]}" if again else name
+            self.movements[key] = materialise(value.node, index, label, self.emit)
         return Value(self.movements[key], value.scale)
 
     def inputs(self, op: Op) -> list[Value]:

@@ -122,11 +122,14 @@ class Clip:
         return torch.relu(x) if self.lo == 0 and self.hi is None else torch.clamp(x, self.lo, self.hi)
 
 
+Computed = Callable[[], Tensor]
+
+
 class ComputedConv(nn.Module):
-    """A convolution whose weight and bias a model computes in its forward, seen as an ``nn.Conv2d``."""
+    """A convolution whose weight and bias are computed at each call, with the attributes of an ``nn.Conv2d``."""
 
     def __init__(
-        self, weight: Constant, bias: Constant | None, stride: Any, padding: Any, dilation: Any, groups: int
+        self, weight: Computed, bias: Computed | None, stride: Any, padding: Any, dilation: Any, groups: int
     ) -> None:
         super().__init__()
         self._weight, self._bias = (weight,), (bias,)
@@ -138,8 +141,7 @@ class ComputedConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[O, I/groups, kh, kw]."""
-        weight: Tensor = self._weight[0]()
-        return weight
+        return self._weight[0]()
 
     @property
     def bias(self) -> Tensor | None:

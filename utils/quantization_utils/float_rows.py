@@ -51,6 +51,25 @@ def _f_conv(b: Builder, node: fx.Node, _: Any) -> Op:
     return b.layer(node, "conv", computed)
 
 
+def _conv3d(b: Builder, node: fx.Node, conv: Any) -> list[Op]:
+    """A convolution over the first of three axes: the other two become the columns of a picture."""
+    sizes = (conv.kernel_size, conv.stride, conv.dilation)
+    padding = conv.padding if isinstance(conv.padding, tuple) else (0, 1, 1)
+    if any(tuple(size[1:]) != (1, 1) for size in sizes) or padding[1:] != (0, 0) or conv.padding_mode != "zeros":
+        raise b.refuse(node, "only kernels over the first of the three axes have a form in two dimensions")
+    channels, depth, height, width = shape_of(sources(node)[0])
+    target, pixels = shape_of(node), height * width
+    flat_shape, flat_target = (channels, depth, pixels), (*target[:2], pixels)
+    x = sources(node)[0].name
+    flat = b.step(node, "rows", "move", [x], lambda v: v.reshape(-1, *flat_shape), shape=flat_shape)
+    bias = None if conv.bias is None else (lambda: conv.bias)
+    settings = [(size[0], 1) for size in sizes[1:]]
+    weight, pads = (lambda: conv.weight.flatten(3)), (padding[0], 0)
+    layer = b.layer(node, "conv", ComputedConv(weight, bias, settings[0], pads, settings[1], conv.groups))
+    layer.name, layer.inputs, layer.shape = f"{node.name}_conv", [flat.name], flat_target
+    return [flat, layer, b.step(node, "", "move", [layer.name], lambda v: v.reshape(-1, *target))]
+
+
 _CONV_SETTINGS = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
 
 
@@ -222,6 +241,7 @@ _divide = _with_number(_inverse, _no_division, commutes=False)
 MODULES: Rows = {
     **POOL_MODULES,
     "Conv2d": _conv,
+    "Conv3d": _conv3d,
     "Linear": _linear,
     "BatchNorm2d": _norm,
     "BatchNorm1d": _norm,

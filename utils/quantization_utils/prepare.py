@@ -18,7 +18,7 @@ from utils.quantization_utils.capture import Captured
 from utils.quantization_utils.cost_model import Layer, LayerBits
 from utils.quantization_utils.float_graph import float_graph
 from utils.quantization_utils.float_ops import Op
-from utils.quantization_utils.quant_modules import QuantBatchNorm, Quantizer, QuantLayer, RoundedAdd
+from utils.quantization_utils.quant_modules import QuantBatchNorm, Quantizer, QuantLayer, RoundedAdd, RoundedClip
 
 LAYER_KINDS = ("conv", "linear", "affine")
 PASSING = ("clip", "max_pool", "move", "identity", "scale")
@@ -223,6 +223,9 @@ class _Rewriter:
             self._swap_layer(new)
         if op.kind == "add":
             new.run = RoundedAdd()
+        if op.kind == "clip":
+            source, factor = self._find_quantizer(inputs[0])
+            new.run = op.run if source is None else RoundedClip(op.attrs["lo"], op.attrs["hi"], source, factor)
         if op.kind not in (*PASSING, "host", "output"):
             self._own_quantizer(op, new)
 
@@ -254,10 +257,20 @@ class _Rewriter:
 
     def _quantizer_of(self, name: str) -> Quantizer:
         """The quantizer a value got its integers from."""
+        quantizer, _ = self._find_quantizer(name)
+        assert quantizer is not None, name
+        return quantizer
+
+    def _find_quantizer(self, name: str) -> tuple[Quantizer | None, float]:
+        """The quantizer a value got its integers from (None for accumulators), and its factor since then."""
+        factor = 1.0
         while name not in self.quantizers:
-            name = self.network.tensor_input(self.network.by_name[name]).name
-            name = self.where.get(name, name)
-        return self.quantizers[name]
+            op = self.network.by_name[name]
+            if op.kind not in PASSING:
+                return None, factor
+            factor *= op.attrs.get("factor", 1.0)
+            name = self.where[self.network.tensor_input(op).name]
+        return self.quantizers[name], factor
 
     def _own_quantizer(self, op: Op, emitted: Op) -> None:
         width = self.place.own_width(op)

@@ -300,3 +300,26 @@ class RoundedAdd(nn.Module):
         for branch in branches[2:]:
             total = total + branch
         return total
+
+
+class RoundedClip(nn.Module):
+    """``min(max(x, lo), hi)`` of integers: a bound between two steps of the quantizer in front moves to the nearest.
+
+    factor: what the quantized tensor was multiplied by on its way here.
+    """
+
+    def __init__(self, lo: float | None, hi: float | None, source: Quantizer, factor: float = 1.0) -> None:
+        super().__init__()
+        self.lo, self.hi, self.factor = lo, hi, factor
+        self._source = (source,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lo, hi = (None if bound is None else self._on_grid(bound) for bound in (self.lo, self.hi))
+        return torch.relu(x) if lo == 0 and hi is None else torch.clamp(x, lo, hi)
+
+    def _on_grid(self, bound: float) -> float:
+        source = self._source[0]
+        if bound == 0 or not source.enabled:
+            return bound
+        step = float(source.scale) * self.factor
+        return round(bound / step) * step

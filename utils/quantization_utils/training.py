@@ -27,7 +27,8 @@ def configure(
     """Choose how ranges behave from here on.
 
     act_range: ``ema`` follows batch ranges with ``act_range_momentum`` (weight of the old range; -1: running
-    extremes); ``lsq`` makes the scales of activations and weights parameters.  Percentiles in (50, 100), 0: off.
+    extremes); ``lsq`` makes the scales of activations and weights parameters, 16-bit streams still follow the batches.
+    Percentiles in (50, 100), 0: off.
     """
     for layer in model.weight_layers().values():
         if isinstance(layer, QuantLayer):
@@ -36,7 +37,7 @@ def configure(
             if act_range == "lsq" and layer.learned is None:
                 layer.learn_scale()
     for quantizer in model.activation_quantizers().values():
-        quantizer.tracking = act_range == "ema"
+        quantizer.tracking = act_range == "ema" or quantizer.bits > 8
         quantizer.momentum = act_range_momentum
         quantizer.percentile = act_percentile
         if act_range == "lsq" and quantizer.bits <= 8 and quantizer.learned is None:

@@ -55,6 +55,11 @@ CASES = {
         {"a": nn.Conv2d(4, 4, 3)},
         ["conv"],
     ),
+    "conv over channels": (
+        lambda m, x: m.a(x.unsqueeze(1)).flatten(1, 2),
+        {"a": nn.Conv3d(1, 2, (2, 1, 1), (2, 1, 1), (1, 0, 0))},
+        ["move", "move", "conv", "move", "move"],
+    ),
     "norm": (lambda m, x: m.a(x), {"a": normed(4)}, ["affine"]),
     "clips": (
         lambda m, x: torch.clamp(F.hardtanh(F.relu6(m.a(F.relu(x))), -2, 3), min=0.1, max=0.9),
@@ -176,6 +181,7 @@ REFUSALS = {
         r"operator LayerNorm in module 'a' cannot be quantized",
     ),
     "unknown function": (lambda m, x: m.a(x), {"a": Custom()}, r"operator erfinv in module 'a' cannot be quantized"),
+    "conv in space": (lambda m, x: m.a(x[:, None])[:, 0], {"a": nn.Conv3d(1, 1, 3)}, "only kernels over the first"),
     "padding mode": (lambda m, x: m.a(x), {"a": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")}, "'reflect'"),
     "no statistics": (
         lambda m, x: m.a(x),
@@ -201,8 +207,8 @@ REFUSALS = {
     "long sum": (lambda m, x: x.repeat(1, 16, 1, 1).sum(1), {}, "a sum over 64 slices is too long"),
     "weights of images": (lambda m, x: F.conv2d(x, x[:4]), {}, "its weights depend on the image"),
     "constants alone": (
-        lambda m, x: x + torch.ones(4, 6, 6).expand(x.size(0), -1, -1, -1),
-        {},
+        lambda m, x: x + m.a.bias[None, :, None, None].expand(x.size(0), 4, 6, 6),
+        {"a": nn.Conv2d(4, 4, 1)},
         "constants and the batch size",
     ),
 }
