@@ -12,7 +12,7 @@ from torch import nn
 from utils import models
 from utils.data_utils import normalize
 from utils.errors import UserError
-from utils.models import create_model, model_names
+from utils.models import create_model, model_families, model_names
 from utils.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 

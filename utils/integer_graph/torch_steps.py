@@ -338,7 +338,7 @@ def upsample(node: Node, context: Context) -> Step:
         x = dense(inputs[0])
         batch, height, width, channels = x.shape
         wide = x[:, :, None, :, None, :].expand(batch, height, rows, width, cols, channels)
-        return wide.reshape(batch, height * rows, width * cols, channels)
+        return wide.reshape(batch, height * rows, width * cols, channels).contiguous()
 
     return step
 

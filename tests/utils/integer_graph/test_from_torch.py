@@ -188,6 +188,7 @@ BODIES = {
         6,
         {"a": nn.ReLU()},
     ),
+    "spread sum": (lambda m, x: m.a(x.relu().mean((2, 3), keepdim=True)) + x, 6, {"a": nn.ReLU()}),
     "instance norm": (lambda m, x: m.a(x), 6, {"a": nn.InstanceNorm2d(6, affine=True)}),
     "local response": (lambda m, x: F.local_response_norm(x, 3, 0.5, 0.75, 1.0), 6, {}),
     "transposition": (lambda m, x: m.a(x.permute(0, 2, 1, 3).contiguous()), 4, {"a": nn.Conv2d(8, 4, 1)}),
