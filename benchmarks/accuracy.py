@@ -96,7 +96,8 @@ def main() -> None:
         if data is None or args.only not in name:
             continue
         rows[name] = measure(name, data, flags, args.weights)
-        write_csv(args.output, [rows[name] for name in CASES if name in rows])
+        fields = list(rows[name])
+        write_csv(args.output, [{key: rows[run].get(key, "") for key in fields} for run in CASES if run in rows])
 
 
 if __name__ == "__main__":
