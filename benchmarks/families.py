@@ -1,6 +1,6 @@
 """Which network families convert to integers: every classifier family of PyTorchCV and torchvision, one by one.
 
-    python benchmarks/families.py [--families seresnet mobilenetv3 ...] [--limit N] [--scheme uniform8]
+    python benchmarks/families.py [--families seresnet mobilenetv3 ...] [--all] [--limit N] [--scheme uniform8]
 
 Takes a small network of each family with random weights, quantizes it, calibrates it on two random images, converts
 it, and compares interpreter and torch engine on two others: every integer of every node, by equality.  Each network
@@ -88,6 +88,11 @@ def representatives() -> list[tuple[str, str]]:
         if family.startswith("pytorchcv/"):
             chosen += [(family, name) for name in SMALL.get(family, names[:1])]
     return chosen + [(f"torchvision/{family}", f"torchvision/{name}") for family, name in TORCHVISION.items()]
+
+
+def everything() -> list[tuple[str, str]]:
+    """(family, network) of every network; torchvision's families are its modules here."""
+    return [(family, name) for family, names in model_families().items() for name in names]
 
 
 def check(family: str, name: str, scheme: str) -> dict[str, Any]:
@@ -195,12 +200,13 @@ def _other_rows(path: Path, cases: Sequence[tuple[str, str]]) -> list[dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", metavar="NAME", help="only these, with or without the library's name")
+    parser.add_argument("--all", action="store_true", help="every network of a family, not a small one alone")
     parser.add_argument("--limit", type=int, metavar="N", help="stop after N networks")
     parser.add_argument("--scheme", default="uniform8")
     parser.add_argument("--keep", action="store_true", help="keep the output file's rows about other networks")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/families.csv"), metavar="FILE")
     args = parser.parse_args()
-    cases = representatives()
+    cases = everything() if args.all else representatives()
     if args.families:
         cases = [case for case in cases if case[0] in args.families or case[0].split("/")[1] in args.families]
     if not cases:

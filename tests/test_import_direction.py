@@ -28,8 +28,7 @@ RANKS: tuple[str, ...] = (
     quantization_utils.float_ops quantization_utils.quant_modules run_report transforms""",
     """/benchmarks.readme_tables data_utils integer_graph.converted integer_graph.ops integer_graph.torch_steps models
     quantization_utils.float_joins""",
-    """integer_graph.converted integer_graph.interpreter integer_graph.movement integer_graph.serialize
-    quantization_utils.float_pools""",
+    """integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools""",
     """integer_graph.diff integer_graph.info integer_graph.predict integer_graph.torch_engine
     quantization_utils.float_rows""",
     """integer_graph.__main__ quantization_utils.float_graph""",

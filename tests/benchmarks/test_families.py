@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import families
-from benchmarks.families import COLUMNS, TORCHVISION, check, main, representatives, summary
+from benchmarks.families import COLUMNS, TORCHVISION, check, everything, main, representatives, summary
 from utils.models import model_families, model_names
 
 
@@ -14,6 +14,7 @@ def test_every_family_has_a_known_network():
     assert len(pytorchcv) + len(TORCHVISION) == 134
     known = {*model_names(), *(name for names in model_families().values() for name in names)}
     assert {name for _, name in chosen} <= known
+    assert {name for _, name in everything()} >= {name for _, name in chosen}
 
 
 def test_a_row_of_a_small_network():

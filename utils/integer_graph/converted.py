@@ -4,7 +4,7 @@ Data movement (views, slices, splits, pads ...) is run on element numbers instea
 the nodes that do the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,3 +87,12 @@ def _keeps_channels(value: Value) -> bool:
     """Whether only axes of length 1 come or go, as when the logits of a convolution lose theirs."""
     size = int(np.prod(value.node.type.shape))
     return value.index.shape[:1] == value.scale.shape and np.array_equal(value.index.ravel(), np.arange(size))
+
+
+def live(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes the logits depend on, in order."""
+    needed = {nodes[-1].name}
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.inputs)
+    return [node for node in nodes if node.name in needed]

@@ -5,7 +5,7 @@ multipliers, and whatever accumulators cannot hold is refused.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.data_utils import normalize
 from utils.errors import UserError
-from utils.integer_graph.converted import Pending, Value, element_numbers, moved, stored_shape, value_of_shape
+from utils.integer_graph.converted import Pending, Value, element_numbers, live, moved, stored_shape, value_of_shape
 from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node
 from utils.integer_graph.movement import materialise
 from utils.integer_graph.ops import make_node, verify
@@ -377,18 +377,9 @@ def from_torch(
         raise UserError(f"--strict-integer: these operators stay in float: {', '.join(model.islands())}")
     model.eval()
     nodes = _Converter(model, preprocess).convert()
-    graph = Graph(tuple(_live(nodes)), _meta(model, preprocess, meta or {}))
+    graph = Graph(tuple(live(nodes)), _meta(model, preprocess, meta or {}))
     verify(graph)
     return graph
-
-
-def _live(nodes: Sequence[Node]) -> list[Node]:
-    """Nodes the logits depend on, in order."""
-    needed = {nodes[-1].name}
-    for node in reversed(nodes):
-        if node.name in needed:
-            needed.update(node.inputs)
-    return [node for node in nodes if node.name in needed]
 
 
 def _meta(model: QuantizedModel, preprocess: Preprocess, extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,10 @@ class QuantLayer(nn.Module):
             return normalised
         weight, bias = fold(self.module.weight, self.module.bias, self.bn)
         if self.enabled:
-            weight = self._fake(weight, self._folded_scale(weight, bias))
+            scale = self._folded_scale(weight, bias)
+            weight = self._fake(weight, scale)
+            if bias is not None and self._source and not self.training:
+                bias = _on_accumulator_grid(bias, scale * self._source[0].scale)
         return self._apply_weights(x, weight, bias)
 
     def _apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,6 +265,8 @@ class QuantBatchNorm(nn.Module):
             normalised: Tensor = self.bn(x)
             return normalised
         k, shift = affine_of(self.bn)
+        if self.enabled and self._source and not self.training:
+            shift = _on_accumulator_grid(shift, self._weight_scale(k, shift) * self._source[0].scale)
         shape = (1, -1, *([1] * (x.dim() - 2)))
         return torch.addcmul(shift.reshape(shape), x, k.reshape(shape))
 
@@ -270,11 +275,21 @@ class QuantBatchNorm(nn.Module):
         """The affine map as 8-bit weights [C, 1, 1, 1] with their scales and real bias."""
         k, shift = affine_of(self.bn)
         weight = k.reshape(-1, 1, 1, 1)
-        scale = weight_scale(weight, self.bits)
-        if self._source:
-            scale = torch.maximum(scale, shift.abs() / (self._source[0].scale * BIAS_LIMIT))
+        scale = self._weight_scale(k, shift)
         integers = quantize(weight, per_channel(scale, weight), *int_range(self.bits, True))
         return IntegerWeights(integers.to(torch.int8), scale, shift)
+
+    def _weight_scale(self, k: Tensor, shift: Tensor) -> Tensor:
+        """Scale [C] of the weights k, wide enough for an int32 bias."""
+        scale = weight_scale(k.reshape(-1, 1), self.bits)
+        if not self._source:
+            return scale
+        return torch.maximum(scale, shift.detach().abs() / (self._source[0].scale * BIAS_LIMIT))
+
+
+def _on_accumulator_grid(bias: Tensor, step: Tensor) -> Tensor:
+    """A real bias as the integer graph has it: a whole number of the accumulator's steps."""
+    return torch.round(bias / step) * step
 
 
 class RoundedAdd(nn.Module):

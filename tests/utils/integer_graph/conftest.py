@@ -135,10 +135,10 @@ class Builder:
         return self.emit("clip", [x], arrays={"lo": ends[0], "hi": ends[1]})
 
     def move(self, x: Node) -> Node:
-        """gather, pad2d, upsample or a reshape there and back."""
+        """gather (-1: zeros), pad2d, upsample or a reshape there and back."""
         kind = self.integer(0, 3)
         if kind == 0:
-            index = self.rng.integers(0, x.type.shape[0], self.integer(1, 5), dtype=np.int32)
+            index = self.rng.integers(-1, x.type.shape[0], self.integer(1, 5), dtype=np.int32)
             return self.emit("gather", [x], arrays={"index": index})
         if kind == 1:
             return self.emit("pad2d", [x], attrs={"padding": [1, 0, 2, -1 if x.type.shape[2] > 1 else 0]})

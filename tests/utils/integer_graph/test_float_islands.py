@@ -48,3 +48,44 @@ def test_the_node_dequantizes_and_quantizes(builder):
     values = b.rng.integers(x.type.lo, x.type.hi, (2, 3, 2, 2))
     shares = torch.softmax(torch.from_numpy(values) * 0.25, 1).numpy()
     assert np.abs(OPS["float_op"].compute([values], node) - shares * 255).max() <= 0.5 + 255 * 2 * EPSILON
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.75, 30.0])
+def test_instance_norm_is_torch_s(scale):
+    rng = np.random.default_rng(0)
+    scale = float(np.float32(scale))
+    real = rng.integers(-128, 128, (2, 3, 5, 4)).astype(np.float32) * np.float32(scale)
+    real[0, 1] = real[0, 1, 0, 0]  # a constant channel
+    weight, bias = rng.normal(size=(2, 3))
+    attrs = {"input_scale": scale, "eps": 1e-5, "weight": weight.tolist(), "bias": bias.tolist()}
+    got = FUNCTIONS["instance_norm"].compute(real, attrs)
+    wide = (torch.from_numpy(a.astype(np.float64)) for a in (real, weight, bias))
+    x, w, b = wide
+    expected = torch.nn.functional.instance_norm(x, weight=w, bias=b, eps=1e-5).numpy()
+    assert got.dtype == np.float32
+    # The float32 values are integers times the scale only up to their own rounding.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=64 * EPSILON * max(np.abs(expected).max(), 1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_local_response_norm_is_torch_s(size):
+    x = np.random.default_rng(0).normal(size=(2, 6, 3, 2)).astype(np.float32) * 3
+    attrs = {"size": size, "alpha": 0.3, "beta": 0.75, "k": 2.0}
+    got = FUNCTIONS["local_response_norm"].compute(x, attrs)
+    expected = torch.nn.functional.local_response_norm(torch.from_numpy(x).double(), **attrs).numpy()
+    np.testing.assert_allclose(got, expected, rtol=2 * EPSILON, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"function": "instance_norm", "eps": 1e-5, "weight": [1.0], "bias": [0.0, 0.0, 0.0]}, "weight must list"),
+        ({"function": "instance_norm", "eps": 1e-5}, "lacks the attributes"),
+        ({"function": "local_response_norm", "size": 3, "alpha": 1.0, "beta": 1.0}, "lacks the attributes"),
+    ],
+)
+def test_islands_check_their_attributes(builder, attrs, message):
+    b = builder(0)
+    storage = {"bits": 8, "signed": True, "lo": -128, "hi": 127, "input_scale": 0.25, "inverse_scale": 4.0}
+    with pytest.raises(ValueError, match=message):
+        b.emit("float_op", [b.image((3, 2, 2))], attrs={**storage, **attrs})

@@ -64,14 +64,17 @@ def test_integer_weights_are_those_of_the_contract(bits, bias):
     assert np.abs(integer_bias[0]) > 2**29  # an all-zero filter's bias keeps all its bits
 
 
-def test_evaluation_uses_exactly_the_integer_weights():
+def test_evaluation_uses_exactly_the_integer_weights_and_biases():
     layer = layer_with_bn(4)
     layer.enabled = True
+    layer.eval()
     x = torch.randn(2, 4, 5, 5)
     parts = layer.integer_weights()
     weight = parts.weight.float() * parts.scale.reshape(-1, 1, 1, 1)
+    step = parts.scale * STEP
+    bias = torch.round(parts.bias / step) * step
     with torch.no_grad():
-        assert torch.equal(layer(x), nn.functional.conv2d(x, weight, parts.bias))
+        assert torch.equal(layer(x), nn.functional.conv2d(x, weight, bias))
 
 
 def test_live_and_folded_scales_give_the_same_integers():
