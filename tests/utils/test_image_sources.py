@@ -89,8 +89,15 @@ def test_missing_folder_file_and_nested_folder(tree: Path) -> None:
         open_source(tree / "none", "val")
     with pytest.raises(UserError, match="is a file"):
         open_source(tree / "val/ant/0.png", "val")
-    with pytest.raises(UserError, match=re.escape(f"did you mean {tree}?")):
-        open_source(tree.parent, "val")
+
+
+def test_a_folder_around_the_tree_is_recognised(tree: Path) -> None:
+    inner = tree / "outer" / "images"
+    inner.mkdir(parents=True)
+    for split in ("train", "val"):
+        (tree / split).rename(inner / split)
+    with pytest.raises(UserError, match=re.escape(f"did you mean {inner}?")):
+        open_source(inner.parent, "val")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "cut"])
