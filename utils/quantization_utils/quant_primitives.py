@@ -165,28 +165,27 @@ class FakeQuantizeLearned(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient_scale: float) -> Tensor:
-        result, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-        rows = (_rows(t, scale) for t in (x, result, inside))
-        for piece, step, out, mask in _with_scale(scale.reshape(-1, 1), *rows):
-            scaled = torch.mul(piece, step.reciprocal(), out=_buffer(piece))
-            torch.clamp(scaled, lo, hi, out=out)
-            torch.eq(out, scaled, out=mask)
-            out.round_().mul_(step)
-        ctx.save_for_backward(x, scale, result, inside)
-        ctx.gradient_scale = gradient_scale
+        result = torch.empty_like(x)
+        rows = (_rows(t, scale) for t in (x, result))
+        for piece, step, out in _with_scale(scale.reshape(-1, 1), *rows):
+            torch.mul(piece, step.reciprocal(), out=out).clamp_(lo, hi).round_().mul_(step)
+        ctx.save_for_backward(x, scale, result)
+        ctx.bounds = lo, hi, gradient_scale
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, scale, result, inside = ctx.saved_tensors
+        x, scale, result = ctx.saved_tensors
+        lo, hi, gradient_scale = ctx.bounds
         passed, parts = torch.empty_like(x), []
-        rows = (_rows(t, scale) for t in (x, _like(grad, x), result, inside, passed))
-        for piece, step, g, y, mask, out in _with_scale(scale.reshape(-1, 1), *rows):
-            torch.mul(g, _buffer(piece).copy_(mask), out=out)
+        rows = (_rows(t, scale) for t in (x, _like(grad, x), result, passed))
+        for piece, step, g, y, out in _with_scale(scale.reshape(-1, 1), *rows):
+            scaled = torch.mul(piece, step.reciprocal(), out=_buffer(piece))
+            torch.ops.aten.hardtanh_backward.grad_input(g, scaled, lo, hi, grad_input=out)
             parts.append((_row_dots(g, y) - _row_dots(out, piece)) / step[:, 0])
         total = torch.cat(parts) if scale.dim() else torch.stack(parts).sum()
-        return passed, (total * ctx.gradient_scale).reshape(scale.shape), None, None, None
+        return passed, (total * gradient_scale).reshape(scale.shape), None, None, None
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
