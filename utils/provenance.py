@@ -72,12 +72,17 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     return origin, list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
+def _without_folders(argument: str) -> str:
+    """An absolute path as its last part: where somebody keeps the data says nothing to others."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def _arguments() -> list[str]:
     """The command line; a program below the project's folder by its path there, which is the same everywhere."""
     root = Path(__file__).resolve().parent.parent
     program = Path(sys.argv[0]).resolve()
     shown = program.relative_to(root).as_posix() if program.is_relative_to(root) else program.name
-    return [shown, *sys.argv[1:]]
+    return [shown, *map(_without_folders, sys.argv[1:])]
 
 
 def _cpu() -> str:

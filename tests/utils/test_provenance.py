@@ -28,6 +28,8 @@ def test_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch
     assert provenance()["command"] == "python benchmarks/qat_step.py --rounds 3"
     monkeypatch.setattr(sys, "argv", ["/somewhere/else/pytest"])
     assert provenance()["command"] == "python pytest"
+    monkeypatch.setattr("sys.argv", ["/somewhere/pytest", "--data", "/home/somebody/images", "-a", "net"])
+    assert provenance()["command"] == "python pytest --data images -a net"
 
 
 def test_unreadable_table_is_refused(tmp_path: Path) -> None:
