@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.networks import calibrated, random_images
 from utils.data_utils import normalize
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.provenance import write_csv
+from utils.random_networks import calibrated, random_images
 
 CASES = {"resnet20_cifar10": 128, "resnet18": 16, "resnet50": 16, "mobilenetv2_w1": 16, "inceptionv3": 8}
 

@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.networks import calibrated, random_images
 from utils.integer_graph.interpreter import run
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.provenance import write_csv
+from utils.random_networks import calibrated, random_images
 
 CASES = {
     "resnet20_cifar10": ("uniform8", "uniform4", "w4a8"),

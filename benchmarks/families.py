@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.networks import random_images, spread_statistics
 from utils.data_utils import normalize
 from utils.errors import UserError
 from utils.experiment import Experiment
@@ -33,6 +32,7 @@ from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import create_model, model_families
 from utils.provenance import read_csv, write_csv
 from utils.quantization_utils.calibrate import calibrate
+from utils.random_networks import random_images, spread_statistics
 
 # Families whose first registered network is not a small one.
 SMALL = {

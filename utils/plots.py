@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy against cost, and the bits of every layer."""
+"""Pictures of results: accuracy against cost, the bits of every layer, latencies side by side."""
 
 import io
 import math
@@ -151,6 +151,50 @@ def _short(layer: str) -> str:
     'unit.conv1'
     """
     return layer.removeprefix("features.").removesuffix(".conv")
+
+
+@dataclass(frozen=True)
+class LatencyBar:
+    """One engine: milliseconds of its fastest, its median and its 95th percentile run.  ours: drawn in our colour."""
+
+    engine: str
+    min_ms: float
+    median_ms: float
+    p95_ms: float
+    ours: bool = False
+
+
+def plot_latency(path: Path, panels: Mapping[str, Sequence[LatencyBar]]) -> None:
+    """Write one PNG with a panel per title: a bar up to each engine's minimum, its median and 95th percentile marked.
+
+    panels: at least one, each with at least one bar, drawn in their order from the top.  The file is replaced
+    atomically.  Raises UserError where it cannot be written.
+    """
+    heights = [0.32 * len(bars) + 0.7 for bars in panels.values()]  # inches
+    figure = Figure(figsize=(8, sum(heights) + 0.3), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    for row, (title, bars) in enumerate(panels.items()):
+        draw_latency(figure.add_subplot(grid[row, 0]), bars)
+        figure.axes[-1].set_title(title, fontsize=11, loc="left")
+    figure.axes[-1].set_xlabel("milliseconds: bar minimum, dot median, line to the 95th percentile")
+    save_png(figure, path)
+
+
+def draw_latency(axes: Axes, bars: Sequence[LatencyBar]) -> None:
+    """Horizontal bars from the top, shorter is better."""
+    places = range(len(bars))
+    colours = [AFTER if bar.ours else BEFORE for bar in bars]
+    axes.barh(places, [bar.min_ms for bar in bars], color=colours, height=0.7)
+    axes.hlines(places, [bar.min_ms for bar in bars], [bar.p95_ms for bar in bars], color=GREY, linewidth=1)
+    axes.plot([bar.median_ms for bar in bars], places, "o", color=GREY, markersize=4)
+    for place, bar in zip(places, bars, strict=True):
+        axes.annotate(f"{bar.min_ms:.3g}", (bar.p95_ms, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(places, [bar.engine for bar in bars])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -25,6 +25,7 @@ REPORT_KEYS = (
 )
 # Present where they were measured: top1_simulation only with --fixed-point-quantization, same_class_as_float (percent
 # of images to which the integer graph and the float network it came from give one class) where the run began with that.
+# images_per_second: of the last evaluation, with loading and comparing.
 SAME = "same_class_as_float"
 EXTRA_KEYS: tuple[str, ...] = (
     "agreement_narrow",
@@ -35,7 +36,7 @@ EXTRA_KEYS: tuple[str, ...] = (
     "epochs",
     "best_top1",
 )
-EXTRA_KEYS += (SAME, "top1_simulation")
+EXTRA_KEYS += (SAME, "top1_simulation", "engine", "images_per_second")
 
 
 def format_report(report: Mapping[str, Any], folder: Path) -> str:
@@ -56,6 +57,8 @@ def format_report(report: Mapping[str, Any], folder: Path) -> str:
         ]
     if "top1_simulation" in report:
         lines.append(f"  top-1 simulation   {_percent(report['top1_simulation'])}")
+    if "engine" in report:
+        lines.append(f"  engine             {report['engine']}, {report['images_per_second']:.0f} images/s in all")
     lines.append(f"  size {report['size_mib']:.3f} MiB, {report['bops_g']:.3f} GBOPS, files in {folder}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """State of one run of ``quant_train.py`` between its steps: what is measured, what is saved where."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from utils.train_flags import resume_command
 from utils.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "quant_train.py"
+Engine = Callable[[Tensor], Tensor]  # uint8 images -> logits
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 
 
@@ -34,6 +36,7 @@ class Run:
         self.float_classes: Tensor | None = None
         self.last: Accuracy | None = None
         self.graph: Graph | None = None
+        self.make_engine: Callable[[Graph], Engine] = lambda graph: TorchEngine(graph, experiment.device)
         self.phase = "evaluation of the float network"
         self.saved: Path | None = None
         self.writer: Any = _tensorboard(args) if args.tensorboard else None
@@ -57,7 +60,7 @@ class Run:
     def evaluate_integer(self) -> Accuracy:
         """Convert, evaluate the integer graph on the validation images, keep it."""
         self.graph = self.experiment.convert(self.data.val.classes, self.args.strict_integer)
-        return evaluate(TorchEngine(self.graph, self.experiment.device), self.data.val, "integer graph")
+        return evaluate(self.make_engine(self.graph), self.data.val, "integer graph")
 
     def save(self) -> None:
         """Write the checkpoint everything can continue from."""

@@ -28,7 +28,8 @@ EXAMPLES = """examples:
   python quant_train.py -a resnet18 --pretrained --data IMAGENET --quant-scheme uniform4 --epochs 5 --lr 0.001
       quantization-aware training
   python quant_train.py --data IMAGENET --resume RUN/checkpoint.pth.tar -e
-      evaluate the integer network of a checkpoint; without -e: continue its training
+      evaluate the integer network of a checkpoint; without -e: continue its training; with --engine tvm: evaluate it
+      compiled for this CPU
 
 files of a run in --save-path:
   checkpoint.pth.tar  all that --resume needs          model_best.pth.tar  the same at the best validation
@@ -80,6 +81,8 @@ REALS = Kind(float, "X", options=(("nargs", "+"),))
 PERCENTILE = Kind(percentile, "P")
 SWITCH = Kind(options=(("action", "store_true"),))
 YES_NO = Kind(options=(("action", argparse.BooleanOptionalAction),))
+
+TORCH, TVM = "torch", "tvm"
 
 # fmt: off
 # Names (the attribute is the first long one in lower case), kind, default, help.
@@ -168,6 +171,9 @@ FLAGS: dict[str, tuple[Row, ...]] = {
     "running": (
         ("-e --evaluate", SWITCH, False,
          "evaluate the integer graph only: the checkpoint of --resume, or a fresh calibration"),
+        ("--engine", one_of(TORCH, TVM), TORCH,
+         "what runs the integer graph with -e: tvm compiles it for this CPU (kept in the save folder, see docs/tvm.md) "
+         "and demands the logits of torch on --agreement-images images"),
         ("--resume", FILE, None,
          "checkpoint to continue bit for bit, or to start training from (after --epochs 0); brings its architecture, "
          "scheme, weights and quantizers; a missing file is an error (the original went on with random weights)"),
@@ -265,6 +271,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--resume brings its own weights; leave out --weights and --pretrained, or leave out --resume")
     if args.data_percentage > 1:
         raise UserError(f"--data-percentage is {args.data_percentage}, expected a share of more than 0 and at most 1")
+    if args.engine == TVM and not args.evaluate:
+        raise UserError("--engine tvm evaluates only: give -e with it, or leave it out, training validates with torch")
     momentum = args.act_range_momentum
     if momentum not in (None, -1) and not 0 <= momentum < 1:
         raise UserError(f"--act-range-momentum is {momentum}, expected -1 or 0 to 1")

@@ -1,0 +1,57 @@
+"""The body of a step: from a vector of the anchor's values to everything that the step stores."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tvm_benchmark.isa import Target
+from tvm_benchmark.layout import View
+from tvm_benchmark.plan import Plan, Step
+from tvm_benchmark.pointwise import LANES, Apply, PointwiseNode, Value, loaded, store
+from tvm_benchmark.source import Source
+
+At = Callable[[View], str]
+
+
+class Epilogue:
+    """Emits a step's body.  ``begin`` loads the constants of one block of 16 channels, ``finish`` takes the anchor's
+    values of one pixel through the body and stores what later steps read."""
+
+    def __init__(self, source: Source, plan: Plan, step: Step, target: Target):
+        self.source, self.plan, self.step = source, plan, step
+        self.lanes = min(step.shape[0], LANES)
+        self.pointers = {name: source.tensor(name, plan.views[name]) for name in (*step.reads, *step.writes)}
+        types = plan.types
+        self.nodes = [
+            PointwiseNode(source, node, [types[name] for name in node.inputs], step.shape[0], target)
+            for node in step.body
+        ]
+        self.loaded: list[Apply] = []
+
+    def begin(self, block: str) -> None:
+        """Load the constants of a block of channels (an expression)."""
+        self.loaded = [node.load(block) for node in self.nodes]
+
+    def finish(self, value: Value | None, at: At, channel: str) -> None:
+        """Emit the body for 16 channels of a pixel and store its results.
+
+        value: the anchor's values (None where there is no anchor).  at: element offset of the pixel's channel 0 in a
+        view.  channel: expression of the first of the 16 channels.
+        """
+        values: dict[str, Value] = {} if value is None else {self.step.name: value}
+        for node, function in zip(self.step.body, self.loaded, strict=True):
+            for name in node.inputs:
+                if name not in values:
+                    values[name] = self._load(name, at, channel)
+            values[node.name] = function([values[name] for name in node.inputs])
+        for name in self.step.writes:
+            view = self.plan.views[name]
+            store(self.source, self.pointers[name], view.storage, f"{at(view)} + {channel}", values[name], self.lanes)
+
+    def _load(self, name: str, at: At, channel: str) -> Value:
+        """16 channels of a stored tensor, broadcast along its axes of one."""
+        view, shape = self.plan.views[name], self.step.shape
+        pointer, (height, width) = self.pointers[name], view.buffer.shape[1:]
+        offset = at(replace(view, still=(height == 1 < shape[1], width == 1 < shape[2])))
+        if view.channels == 1 < shape[0]:
+            return loaded(self.source, pointer, view.storage, offset, stride=0)
+        return loaded(self.source, pointer, view.storage, f"{offset} + {channel}")
