@@ -20,6 +20,7 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.evaluation import agreement
 from utils.experiment import Experiment, scheme_of
+from utils.graph_evaluation import engine_maker, evaluate_graph_file, is_graph_file
 from utils.integer_graph.serialize import save as save_graph
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import ModelInfo, create_model
@@ -31,7 +32,7 @@ from utils.run_data import Data, DataFlags, inputs, load_data
 from utils.run_log import log, log_to, logging_to_console
 from utils.run_report import format_report, write_json
 from utils.run_state import FloatPhase, Run
-from utils.train_flags import build_parser, check, check_outputs, fill_in
+from utils.train_flags import TORCH, build_parser, check, check_outputs, fill_in
 from utils.trainer import Interrupted, Recipe, Trainer
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -47,6 +48,9 @@ RESUMED_FLAGS = (  # change what a resumed run computes
 def run(args: argparse.Namespace, command: str) -> None:
     """The whole job, in order: model, data, quantization, training, integers, report."""
     started = time.perf_counter()
+    if is_graph_file(args.resume):
+        evaluate_graph_file(args, command, _machine(args, None))
+        return
     resumed = _resumed(args)
     scheme = scheme_of(resumed) if resumed and args.quant_scheme is None else args.quant_scheme
     fill_in(args, *_inherited(resumed))
@@ -61,9 +65,12 @@ def run(args: argparse.Namespace, command: str) -> None:
     if resumed:
         experiment.load_state(resumed, str(args.resume))
     teacher = _teacher(args, experiment)
+    if experiment.is_float and args.engine != TORCH:
+        raise UserError("--engine tvm runs integers, the scheme float has none; give another scheme or --engine torch")
+    make_engine = engine_maker(args, device)
     data = _data(args, experiment, fresh=resumed is None)
     log_to(args.save_path / LOG)
-    job = Run(args, command, experiment, data)
+    job = Run(args, command, experiment, data, make_engine)
     _announce(job, resumed)
     try:
         _work(job, resumed, teacher)
@@ -345,6 +352,8 @@ def _report(job: Run, started: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "epochs": job.trainer.epoch if job.trainer else 0,
         "best_top1": max(job.best_top1, job.last.top1),
+        "engine": args.engine,
+        "images_per_second": job.last.images / job.last.seconds,
         **extra,
     }
 

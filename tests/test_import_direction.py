@@ -20,24 +20,31 @@ FOLDERS = ("utils", "benchmarks", "examples", "tvm_benchmark", "zoo")
 # Rank -> modules, ``/`` in front of those outside utils/.  A package itself (its empty __init__) has no rank.
 RANKS: tuple[str, ...] = (
     """errors integer_graph.ir metrics quantization_utils.cost_model quantization_utils.dyadic
-    quantization_utils.fold_bn quantization_utils.quant_primitives quantization_utils.windows seeded tables""",
+    quantization_utils.fold_bn quantization_utils.quant_primitives quantization_utils.windows seeded tables
+    /tvm_benchmark.timing""",
     """/bit_config atomic_file distillation image_sources integer_graph.reference integer_graph.torch_rescale
     integer_graph.type_rules preprocess quantization_utils.capture quantization_utils.observers
-    quantization_utils.scheme_report run_log torch_file""",
+    quantization_utils.scheme_report run_log torch_file /tvm_benchmark.runtime""",
     """checkpoint digits_net float_weights integer_graph.exact_conv integer_graph.float_islands plots provenance
-    quantization_utils.float_ops quantization_utils.quant_modules run_report transforms""",
+    quantization_utils.float_ops quantization_utils.quant_modules run_report transforms
+    /tvm_benchmark.artifact /tvm_benchmark.machine_peak""",
     """/benchmarks.readme_tables data_utils integer_graph.converted integer_graph.ops integer_graph.torch_steps models
-    quantization_utils.float_joins""",
-    """integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools""",
+    quantization_utils.float_joins layer_latency /tvm_benchmark.report""",
+    """integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools
+    /tvm_benchmark.peers""",
     """integer_graph.diff integer_graph.info integer_graph.predict integer_graph.torch_engine
     quantization_utils.float_rows""",
-    """integer_graph.__main__ quantization_utils.float_graph""",
+    """integer_graph.__main__ quantization_utils.float_graph /tvm_benchmark.equality""",
     """quantization_utils.prepare""",
     """evaluation integer_graph.from_torch quantization_utils.calibrate quantization_utils.state
     quantization_utils.training""",
     """/benchmarks.qat_step experiment run_data train_flags trainer""",
-    """/benchmarks.networks api run_state""",
-    """/benchmarks.engine_speed /benchmarks.equality /benchmarks.families /examples.own_model /quant_train""",
+    """api random_networks run_state""",
+    """/benchmarks.engine_speed /benchmarks.equality /benchmarks.families /examples.own_model
+    /tvm_benchmark.compile /tvm_benchmark.subject""",
+    """/tvm_benchmark.layer_latency /tvm_benchmark.validate""",
+    """/tvm_benchmark.benchmark graph_evaluation""",
+    """/quant_train""",
     """/benchmarks.accuracy /examples.demo""",
 )
 
@@ -56,15 +63,17 @@ NUMPY_ONLY = (
     "utils.integer_graph.serialize",
     "utils.integer_graph.diff",
     "utils.integer_graph.info",
+    "tvm_benchmark.artifact",
+    "tvm_benchmark.compile",
 )
 
 # Package -> the only modules (or folders) that may import it.
 ONLY_IN = {
     "tvm": ("tvm_benchmark",),
-    "onnx": ("utils.integer_graph.to_onnx", "utils.integer_graph.onnx_"),
-    "onnxruntime": ("utils.integer_graph.onnx_", "benchmarks"),
-    "openvino": ("benchmarks",),
-    "nncf": ("benchmarks",),
+    "onnx": ("utils.integer_graph.to_onnx", "utils.integer_graph.onnx_", "tvm_benchmark.peers"),
+    "onnxruntime": ("utils.integer_graph.onnx_", "benchmarks", "tvm_benchmark.peers"),
+    "openvino": ("benchmarks", "tvm_benchmark.peers"),
+    "nncf": ("benchmarks", "tvm_benchmark.peers"),
     "tensorboard": ("utils.run_state",),
     "matplotlib": ("utils.plots",),
     "sklearn": ("utils.image_sources",),
@@ -73,7 +82,7 @@ ONLY_IN = {
     "gdown": ("utils.models", "zoo"),
     "pytorchcv": ("utils.models",),
 }
-OPTIONAL = ("tvm", "onnx", "onnxruntime", "openvino", "nncf", "torch.utils.tensorboard", "gdown")
+OPTIONAL = ("tvm", "tvm_benchmark.", "onnx", "onnxruntime", "openvino", "nncf", "torch.utils.tensorboard", "gdown")
 MAX_FUNCTION, MAX_FILE = 60, 480
 
 

@@ -180,6 +180,19 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[str]], str]] = {
     "processes": (lambda f, r, t: ["--world-size", "4"], "ask for 4 training processes"),
     "flag": (lambda f, r, t: ["--batchsize", "4"], "unrecognized arguments: --batchsize 4; see --help"),
     "value": (lambda f, r, t: ["--lr", "0"], "argument --lr/--learning-rate: 0 is not a positive number"),
+    "engine of training": (lambda f, r, t: ["--engine", "tvm"], "--engine tvm evaluates only: give -e with it"),
+    "engine of floats": (
+        lambda f, r, t: ["--engine", "tvm", "-e", "--quant-scheme", "float"],
+        "--engine tvm runs integers, the scheme float has none",
+    ),
+    "graph to train": (
+        lambda f, r, t: ["--resume", str(r / "model.safetensors")],
+        "is an integer graph, which can be evaluated .-e. but not trained; give the checkpoint",
+    ),
+    "graph and input": (
+        lambda f, r, t: ["--resume", str(r / "model.safetensors"), "-e", "--input-size", "9"],
+        "model.safetensors brings its own --input-size; leave that flag out",
+    ),
     "two sources": (lambda f, r, t: ["--weights", "w", "--resume", "r"], "--resume brings its own weights"),
     "resume-quantize": (lambda f, r, t: ["--resume-quantize"], "--resume-quantize needs --resume"),
     "share": (lambda f, r, t: ["--data-percentage", "1.5"], "--data-percentage is 1.5, expected a share"),
@@ -277,6 +290,46 @@ def test_weights_that_became_nan_are_not_saved(
     error = refused([*SMALL, "--resume", str(checkpoint), "--epochs", "1", "--save-path", str(tmp_path / "b")], capsys)
     assert "features.init_block.conv.weight has become NaN or infinite" in error
     assert checkpoint.read_bytes() == before
+
+
+def test_evaluation_of_a_graph_file(tmp_path: Path, trained: Path, capsys: Any) -> None:
+    before = (trained / "model.safetensors").read_bytes()
+    assert quant_train.main(["--resume", str(trained / "checkpoint.pth.tar"), "-e", *SMALL[-2:]]) == 0
+    expected = re.findall(r"top-1 integer .*", capsys.readouterr().out)
+    argv = ["--resume", str(trained / "model.safetensors"), "-e", "--save-path", str(tmp_path)]
+    assert quant_train.main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("digits uniform4: 360 images, ")
+    assert re.findall(r"top-1 integer .*", text) == expected
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.tvm
+def test_evaluation_of_the_compiled_network(tmp_path: Path, trained: Path, capsys: Any, monkeypatch: Any) -> None:
+    argv = ["--resume", str(trained / "checkpoint.pth.tar"), "-e", "--save-path", str(tmp_path / "run")]
+    reports = {}
+    for engine in ("torch", "tvm"):
+        path = tmp_path / f"{engine}.json"
+        assert quant_train.main([*argv, "--engine", engine, "--report", str(path), *SMALL[-2:]]) == 0
+        reports[engine] = json.loads(path.read_text())
+        assert reports[engine]["engine"] == engine
+    assert "compiling for" in capsys.readouterr().out
+    for key in ("images", "top1_integer", "top5_integer"):
+        assert reports["tvm"][key] == reports["torch"][key]
+    assert set(os.listdir(tmp_path / "run" / "tvm")) == {"model.so", "model.json"}
+    assert quant_train.main([*argv, "--engine", "tvm", *SMALL[-2:]]) == 0
+    assert "compiling for" not in capsys.readouterr().out
+
+    graph = ["--resume", str(tmp_path / "run" / "model.safetensors"), "-e", "--engine", "tvm"]
+    assert quant_train.main([*graph, "--report", str(tmp_path / "g.json")]) == 0
+    assert "compiling for" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "g.json").read_text())
+    assert set(REPORT_KEYS) <= set(found)
+    for key in ("arch", "scheme", "images", "top1_integer", "top5_integer", "size_mib"):
+        assert found[key] == reports["torch"][key]
+
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    assert 'pip install "apache-tvm==0.27.0.post1"' in refused([*argv, "--engine", "tvm"], capsys)
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "flags": list,  # of /proc/cpuinfo, all needed
     "graph_hash": str,
     "library_sha256": str,
-    "arena": dict,  # offset and bytes in the library file, sha256
+    "arena_offset": int,  # of the constants in the library's file, with their size and hash
     "weight_bytes": int,
+    "arena_sha256": str,
     "space_bytes": int,
     "result": int,
     "has_steps": bool,
@@ -111,7 +112,7 @@ class CompiledModel:
         self._dtype = np.dtype(self.info["input_dtype"])
         self._images = runtime.memory(int(np.prod(self._shape)) * self._dtype.itemsize).view(self._dtype)
         self._space = runtime.memory(self.info["space_bytes"])
-        self._weights = _read_arena(folder / LIBRARY, self.info["arena"])
+        self._weights = _read_arena(folder / LIBRARY, self.info["arena_offset"], self.info["weight_bytes"])
         self._library = runtime.load_library(folder / LIBRARY)
         self._main = self._library["main"]
         self._arguments = [runtime.shared_tensor(a) for a in (self._space, self._weights, self._images)]
@@ -191,11 +192,11 @@ class CompiledModel:
         return inner.copy() if dtype.kind == "f" else inner.astype(np.int64) - place["zero"]
 
 
-def _read_arena(path: Path, arena: Mapping[str, Any]) -> np.ndarray:
+def _read_arena(path: Path, offset: int, size: int) -> np.ndarray:
     """The constants, in memory of their own."""
-    weights = runtime.memory(arena["bytes"])
+    weights = runtime.memory(size)
     with path.open("rb") as file:
-        file.seek(arena["offset"])
+        file.seek(offset)
         read = file.readinto(weights.data)
-    assert read == arena["bytes"], "the hash of the whole file was right"
+    assert read == size, "the hash of the whole file was right"
     return weights

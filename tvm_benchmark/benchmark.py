@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("network")
     what.add_argument("-a", "--arch", metavar="NAME", help="PyTorchCV or torchvision name, with random weights")
-    what.add_argument("--quant-scheme", default="uniform8", metavar="SCHEME", help="of -a alone (default uniform8)")
+    what.add_argument("--quant-scheme", metavar="SCHEME", help="of -a alone (default uniform8)")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--graph", type=Path, metavar="FILE", help="integer graph, as quant_train.py saves it")
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="checkpoint of quant_train.py")
@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="images per call (default 1)")
     how.add_argument("--threads", type=_positive, default=1, metavar="N", help="of every engine (default 1)")
     how.add_argument("--target", default="auto", metavar="NAME", help="kind of CPU (default: this one's best)")
-    how.add_argument("--tune", action=argparse.BooleanOptionalAction, default=False, help="try several tilings of each")
+    tuning = "search the tiling of every layer, once for each CPU (default: fixed tilings)"
+    how.add_argument("--tune", action=argparse.BooleanOptionalAction, default=False, help=tuning)
     how.add_argument("--artifact", type=Path, metavar="DIR", help="keep the compiled model here")
     measured = parser.add_argument_group("measurement")
     measured.add_argument("--images", type=_positive, default=32, metavar="N", help="images to compare (default 32)")
@@ -235,11 +236,19 @@ def _seconds(text: str) -> float:
 _positive.__name__, _seconds.__name__ = "positive integer", "number"  # argparse's "invalid ... value"
 
 
+def _refuse_flags_without_use(args: argparse.Namespace) -> None:
+    given = [name for name in ("quant_scheme", "graph", "checkpoint", "peers", "report", "tune") if getattr(args, name)]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"--layer-latency has no use for {flags}; give -a, and --threads, --target or --output")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
         if args.layer_latency:
+            _refuse_flags_without_use(args)
             return layer_latency.run(args.arch, args.threads, args.target, args.output)
         result = run(args)
         if args.report:

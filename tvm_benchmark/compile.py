@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -69,6 +70,7 @@ def compile_graph(
     if batch < 1:
         raise UserError(f"got a batch of {batch} images, expected at least 1")
     row = choose(target)
+    _check_folder(Path(folder))
     require_tools()
     plan = make_plan(graph, batch)
     with _search(plan, row, threads) if tune else contextlib.nullcontext() as emit_conv:
@@ -111,6 +113,16 @@ def require_tools() -> None:
             "compiling needs a C compiler to link the library, and the PATH has neither g++, gcc nor clang; install "
             "one (Debian, Ubuntu: apt install g++), or name one in the variable CXX"
         )
+    if shutil.which(compiler) is None:
+        raise UserError(f"got {compiler} as the C compiler (variable CXX or CC), which is not there; name one that is")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that could not be written after minutes of work; makes nothing."""
+    ancestor = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        reason = "no permission to write there" if ancestor.is_dir() else f"{ancestor} is not a folder"
+        raise UserError(f"cannot write {folder}: {reason}; give another place")
 
 
 def _description(graph: Graph, batch: int, target: Target, lowered: Lowered) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def _write(folder: Path, library: Any, weights: np.ndarray, info: dict[str, Any]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compile-") as name:
             temporary = Path(name)
             library.export_library(str(temporary / LIBRARY))
-            info["arena"] = _append(temporary / LIBRARY, weights)
+            info |= _append(temporary / LIBRARY, weights)
             with (temporary / LIBRARY).open("rb") as file:
                 info["library_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
@@ -189,7 +201,7 @@ def _append(path: Path, weights: np.ndarray) -> dict[str, Any]:
         file.truncate(offset)
         file.seek(offset)
         file.write(weights.data)
-    return {"offset": offset, "bytes": weights.nbytes, "sha256": hashlib.sha256(weights.data).hexdigest()}
+    return {"arena_offset": offset, "arena_sha256": hashlib.sha256(weights.data).hexdigest()}
 
 
 def _mib(count: int) -> str:
@@ -207,7 +219,8 @@ def _target_line(name: str) -> str:
     return f"target {row.name} ({row.mcpu}), as asked; this machine cannot run it: it lacks {lacks}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; see ``--help``."""
     rows = [f"  {row.name:<11} needs {', '.join(row.flags) or 'nothing special'}" for row in TARGETS.values()]
     parser = argparse.ArgumentParser(
         prog="python -m tvm_benchmark.compile",
@@ -231,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     start = time.perf_counter()
     try:
         graph = load(args.graph)

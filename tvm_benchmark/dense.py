@@ -301,6 +301,17 @@ DOTS: Mapping[str, Dot] = {
 }
 
 
+@dataclass(frozen=True)
+class Units:
+    """The units of a job: how many, their group, their panel where it is one for all, and ``locate(unit)``: first
+    block of the panel and block of pixels."""
+
+    count: int | str
+    group: str
+    panel: str | None
+    locate: Callable[[str], tuple[str, str]]
+
+
 class Kernel:
     """One dense kernel under construction: what the register and the tile kernels have in common."""
 
@@ -312,6 +323,7 @@ class Kernel:
         walks = walks_of(plan, step, self.layer, tiling.pixels)
         self.walk = walks.get(tiling.walk, walks["rows"])
         self.tiles = min(tiling.tiles, self.walk.tiles)
+        self.order = tiling.order
         self.blocks = blocks(self.layer.outputs)
         self.panel = min(tiling.panel, self.blocks)
         self.panels = -(-self.blocks // self.panel)
@@ -321,36 +333,46 @@ class Kernel:
 
     @property
     def pixels(self) -> int:
+        """Pixels of one tile."""
         return self.walk.pixels
 
-    def emit_jobs(self, prepare: Callable[[], None], panel_start: Callable[[str, str], None], block: Callable) -> None:
-        """The loops over groups, panels and pixel blocks, cut into jobs that may run at the same time.
+    @property
+    def unit_vectors(self) -> int:
+        """Vectors of 16 accumulators of one unit."""
+        return self.tiles * self.pixels * self.panel
 
-        prepare(): once for each job.  panel_start(group, first block): when a panel begins.  block(group, first
-        block, pixel block): computes one block.
+    def emit_jobs(self, prepare: Callable[[], None], run: Callable[["Units"], None]) -> None:
+        """The loop over jobs, which may run at the same time, each a row of units: a panel and a block of pixels.
+
+        prepare(): emitted at the start of a job.  run(units): emits all units of a job.
         """
         groups, source = self.layer.groups, self.source
-        outer = groups * self.panels if self.tiling.order == "panels" else groups
+        by_panel = self.order == "panels"
+        outer = groups * self.panels if by_panel else groups
         chunks = min(self.pixel_blocks, -(-JOBS // outer))
         size = -(-self.pixel_blocks // chunks)
         chunks = -(-self.pixel_blocks // size)
         with source.loop("job", outer * chunks, "parallel") as job:
             prepare()
-            unit = job if chunks == 1 else source.let(f"T.truncdiv({job}, {chunks})", "unit")
+            place = job if chunks == 1 else source.let(f"T.truncdiv({job}, {chunks})", "place")
             first = "0" if chunks == 1 else source.let(f"T.truncmod({job}, {chunks})*{size}", "first")
-            extent = size if chunks == 1 else f"T.min({size}, {self.pixel_blocks} - {first})"
-            if self.tiling.order == "panels":
-                group = source.let(f"T.truncdiv({unit}, {self.panels})", "g") if groups > 1 else "0"
-                panel = f"T.truncmod({unit}, {self.panels})" if groups > 1 else unit
-                start = self._panel_start(panel)
-                panel_start(group, start)
-                with source.loop("b", extent) as b:
-                    block(group, start, f"{first} + {b}" if first != "0" else b)
+            even = self.pixel_blocks % size == 0
+            extent: int | str = size if even else source.let(f"T.min({size}, {self.pixel_blocks} - {first})", "extent")
+            if not by_panel:
+                group = place if groups > 1 else "0"
+                count = extent * self.panels if isinstance(extent, int) else f"{extent}*{self.panels}"
+                run(Units(count, group, None, lambda unit: self._locate(unit, first)))
                 return
-            with source.loop("b", extent) as b, source.loop("q", self.panels) as q:
-                start = self._panel_start(q)
-                panel_start(unit if groups > 1 else "0", start)
-                block(unit if groups > 1 else "0", start, f"{first} + {b}" if first != "0" else b)
+            group = source.let(f"T.truncdiv({place}, {self.panels})", "g") if groups > 1 else "0"
+            start = self._panel_start(f"T.truncmod({place}, {self.panels})" if groups > 1 else place)
+            run(Units(extent, group, start, lambda unit: (start, f"{first} + {unit}")))
+
+    def _locate(self, unit: str, first: str) -> tuple[str, str]:
+        """First block of the panel and block of pixels of a unit, where panels change fastest."""
+        if self.panels == 1:
+            return "0", f"{first} + {unit}"
+        start = self._panel_start(f"T.truncmod({unit}, {self.panels})")
+        return start, f"{first} + T.truncdiv({unit}, {self.panels})"
 
     def _panel_start(self, panel: str) -> str:
         if self.panels == 1:
@@ -387,19 +409,19 @@ class Kernel:
         parts = [at] + ([f"({group})*{self.layer.inputs}"] if self.layer.groups > 1 else [])
         return self.source.let(f"{' + '.join(parts)} + {self.layer.start}", "a")
 
-    def emit_epilogue(self, group: str, first: str, block: str, scratch: str) -> None:
-        """Finish a block whose accumulators lie in ``scratch`` as [tile][pixel][panel][16]."""
-        source, row = self.source, self.panel * LANES
+    def emit_epilogue(self, group: str, first: str, site: Site, scratch: str, pixels: int) -> None:
+        """Finish ``pixels`` pixels from a site on, whose accumulators lie at ``scratch`` as [pixel][panel].
+
+        scratch: name of the array and element of the first pixel, "name[element".
+        """
+        source = self.source
         with source.loop("j", self.panel) as j:
             number, channel = self.channel(group, f"{first} + {j}")
             channel = source.let(channel, "ch")
             self.epilogue.begin(number)
-            with source.loop("m", self.tiles) as m:
-                site = self.walk.site(source, self.tile_of(block, m))
-                with source.loop("i", self.pixels) as i, self.walk.pixel(source, site, i) as pixel:
-                    offset = f"(({m})*{self.pixels} + {i})*{row} + ({j})*{LANES}"
-                    acc = source.let(f"{scratch}[T.Ramp({offset}, 1, {LANES})]", "acc")
-                    self.epilogue.finish(Value(acc), partial(self.walk.at, site=pixel), channel)
+            with source.loop("i", pixels) as i, self.walk.pixel(source, site, i) as pixel:
+                acc = source.let(f"{scratch} + ({i})*{self.panel} + {j}]", "acc")
+                self.epilogue.finish(Value(acc), partial(self.walk.at, site=pixel), channel)
 
 
 class RegisterKernel(Kernel):
@@ -420,31 +442,35 @@ class RegisterKernel(Kernel):
         return LANES // self.dot.lanes
 
     def emit(self) -> Source:
-        self.emit_jobs(lambda: None, lambda group, start: None, self._block)
+        self.emit_jobs(lambda: None, self._run)
         return self.source
+
+    def _run(self, units: Units) -> None:
+        with self.source.loop("b", units.count) as unit:
+            self._block(units.group, *units.locate(unit))
 
     def _block(self, group: str, first: str, block: str) -> None:
         source, lanes = self.source, self.dot.lanes
-        base = self.input_offset(group, self.walk.site(source, block))
+        site = self.walk.site(source, block)
+        base = self.input_offset(group, site)
         number, _ = self.channel(group, first) if self.layer.groups > 1 else (first, "")
-        acc = source.local(self.pixels * self.panel * LANES, "int32", "acc")
+        acc = source.local(self.pixels * self.panel * self.parts, f"int32x{lanes}", "acc")
         for n in range(self.panel):
             for part in range(self.parts):
                 bias = source.let(f"{self.bias}[T.Ramp(({number} + {n})*{LANES} + {part * lanes}, 1, {lanes})]")
                 for i in range(self.pixels):
                     source.line(f"{acc}[{self._slot(i, n, part)}] = {bias}")
         self._reduce(acc, base, number)
-        scratch = source.local(self.pixels * self.panel * LANES, "int32", "scratch")
+        scratch = source.local(self.unit_vectors, f"int32x{LANES}", "scratch")
         for i in range(self.pixels):
             for n in range(self.panel):
-                for part in range(self.parts):
-                    slot = self._slot(i, n, part)
-                    source.line(f"{scratch}[{slot}] = {acc}[{slot}]")
-        self.emit_epilogue(group, first, block, scratch)
+                parts = [f"{acc}[{self._slot(i, n, part)}]" for part in range(self.parts)]
+                whole = parts[0] if self.parts == 1 else f"T.Shuffle([{', '.join(parts)}], {list(range(LANES))})"
+                source.line(f"{scratch}[{i * self.panel + n}] = {whole}")
+        self.emit_epilogue(group, first, site, f"{scratch}[0", self.pixels)
 
-    def _slot(self, i: int, n: int, part: int) -> str:
-        start = (i * self.panel + n) * LANES + part * self.dot.lanes
-        return f"T.Ramp({start}, 1, {self.dot.lanes})"
+    def _slot(self, i: int, n: int, part: int) -> int:
+        return (i * self.panel + n) * self.parts + part
 
     def _reduce(self, acc: str, base: str, number: str) -> None:
         layer, source = self.layer, self.source

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tvm_benchmark.depthwise_bytes import ByteKernel, Tile, fits_bytes
 from tvm_benchmark.epilogue import Epilogue
 from tvm_benchmark.isa import Target
 from tvm_benchmark.loops import image_rows
@@ -11,15 +12,20 @@ from tvm_benchmark.source import Source
 from utils.integer_graph.ir import Node
 
 
-def emit(plan: Plan, step: Step, target: Target) -> Source:
-    """The kernel of a depthwise convolution."""
+def emit(plan: Plan, step: Step, target: Target, tile: Tile | None = None) -> Source:
+    """The kernel of a depthwise convolution.  tile: of the kernel on bytes (the default: chosen by a count of
+    instructions); it must fit the output."""
     assert step.anchor is not None
+    view = plan.views[step.inputs[0]]
+    if target.dot == "avx512" and view.storage.dtype == "uint8" and fits_bytes(plan, step):
+        bias = stored_bias(step.anchor, view.storage.zero)
+        return ByteKernel(plan, step, step.anchor, bias, target, tile).emit()
     source = Source()
     _emit_lanes(source, plan, step, step.anchor, target)
     return source
 
 
-def _bias(node: Node, zero: int) -> np.ndarray:
+def stored_bias(node: Node, zero: int) -> np.ndarray:
     """The bias int32 [C] for stored inputs, which are ``zero`` too great."""
     sums = node.arrays["weight"].astype(np.int64).sum((1, 2, 3))
     return (node.arrays["bias"].astype(np.int64) - zero * sums).astype(np.int32)
@@ -33,7 +39,7 @@ def _emit_lanes(source: Source, plan: Plan, step: Step, node: Node, target: Targ
     pointer = source.tensor(step.inputs[0], view)
     packed = weight.reshape(channels, kh * kw)[block_channels(channels)].transpose(0, 2, 1)
     weights = source.constant(packed.ravel())
-    bias = Constants(source, _bias(node, view.storage.zero), channels)
+    bias = Constants(source, stored_bias(node, view.storage.zero), block_channels(channels))
     epilogue = Epilogue(source, plan, step, target)
     (sh, sw), (dh, dw), (top, _, left, _) = attrs["stride"], attrs["dilation"], attrs["padding"]
     with (

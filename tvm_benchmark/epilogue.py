@@ -10,6 +10,8 @@ from tvm_benchmark.pointwise import LANES, Apply, PointwiseNode, Value, loaded, 
 from tvm_benchmark.source import Source
 
 At = Callable[[View], str]
+CACHE_LINE = 64
+FAR_BYTES = 256 << 10
 
 
 class Epilogue:
@@ -46,6 +48,20 @@ class Epilogue:
         for name in self.step.writes:
             view = self.plan.views[name]
             store(self.source, self.pointers[name], view.storage, f"{at(view)} + {channel}", values[name], self.lanes)
+
+    def far(self) -> list[str]:
+        """Tensors of the body that are too large to be expected in the second-level cache."""
+        names = (*self.step.reads, *self.step.writes)
+        return [name for name in names if self.plan.views[name].buffer.bytes(self.plan.batch) >= FAR_BYTES]
+
+    def fetch(self, at: At, channel: str, channels: int) -> None:
+        """Ask for the cache lines of far tensors that ``finish`` will touch for so many channels of a pixel."""
+        for name in self.far():
+            view, write = self.plan.views[name], int(name in self.step.writes)
+            for start in range(0, channels * view.storage.bytes, CACHE_LINE):
+                element = f"{at(view)} + {channel} + {start // view.storage.bytes}"
+                arguments = f"T.address_of({self.pointers[name]}[{element}]), T.int32({write}), T.int32(3), T.int32(1)"
+                self.source.evaluate(f'T.call_llvm_intrin("void", "llvm.prefetch.p0", {arguments})')
 
     def _load(self, name: str, at: At, channel: str) -> Value:
         """16 channels of a stored tensor, broadcast along its axes of one."""

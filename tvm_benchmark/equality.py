@@ -47,11 +47,11 @@ def compare(model: Model, graph: Graph, images: Tensor, progress: bool = True) -
     for part in tqdm(images.split(model.batch), desc="comparing", unit="batch", disable=not progress):
         got.append(model(np.ascontiguousarray(part.numpy())).copy())
         expected.append(engine(part).numpy())
-    return _difference(np.concatenate(got), np.concatenate(expected))
+    return difference(np.concatenate(got), np.concatenate(expected))
 
 
-def _difference(got: np.ndarray, expected: np.ndarray) -> Equality:
-    """Both float32 [N, classes]."""
+def difference(got: np.ndarray, expected: np.ndarray) -> Equality:
+    """How logits differ from the expected ones, both float32 [N, classes]."""
     if got.shape != expected.shape:
         first = f"the shape {list(got.shape)}, expected {list(expected.shape)}"
         return Equality(len(expected), expected.size, expected.size, first)

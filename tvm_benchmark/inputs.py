@@ -52,7 +52,7 @@ def _emit_in_registers(
         for table, held, plane in zip(entries, registers, planes, strict=True):
             pixels = source.let(f"{images}[{span(f'{plane} + {start}', lanes)}]", "pixels")
             if lanes < BYTES:
-                pixels = source.let(f"T.Shuffle([{pixels}], {[i % lanes for i in range(BYTES)]})")
+                pixels = source.let(f"T.Shuffle([{', '.join([pixels] * (BYTES // lanes))}], {list(range(BYTES))})")
             found.append(table.look(held, pixels))
         done = 0
         while done < channels * lanes:

@@ -61,7 +61,8 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         return platform.machine()
-    fields = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    pairs = (line.partition(":") for line in lines)
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
     keys = ("vendor_id", "cpu family", "model", "stepping")
     return "-".join(fields[key] for key in keys if key in fields) or platform.machine()
 

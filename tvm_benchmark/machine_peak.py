@@ -22,7 +22,7 @@ from tvm_benchmark.runtime import require_compiler
 from utils.errors import UserError
 
 TURNS = 1 << 14  # of a kernel's loop
-REPEATS = 20
+REPEATS = 50
 REPEAT_SECONDS = 0.01  # long beside the time that threads need to start together
 SLOTS = 16  # vectors that the loop goes through
 AMX = "amx"

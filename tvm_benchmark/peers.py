@@ -3,8 +3,10 @@
 A runtime that is not installed, or cannot run the network, costs one line and is left out of the comparison.
 """
 
+import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from utils.data_utils import normalize
 from utils.preprocess import Preprocess
@@ -190,9 +193,9 @@ def build_peers(workload: Workload, kinds: Sequence[PeerKind] = PEERS) -> tuple[
     """Every peer that runs here, each having run once, and those that do not, with the reason."""
     engines: list[Engine] = []
     missing: list[Missing] = []
-    for kind in kinds:
+    for kind in tqdm(kinds, desc="preparing peers", unit="peer"):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
                 built = list(kind.build(workload))
                 for engine in built:

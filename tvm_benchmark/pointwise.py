@@ -4,8 +4,10 @@ Every kernel ends in these.  A value is an int32x16 vector, or an int64x16 one (
 the proofs use the bounds of the tensor types.  The rescaling rule itself is stated in
 ``utils.quantization_utils.dyadic``; here are its forms for vector registers:
 
+short   operands of 16 bits, multipliers of 15: one instruction multiplies and rounds (AVX512-VNNI)
 narrow  the product fits int32
-high    shift 32 for every channel: the high halves of 64-bit products of the even and the odd lanes
+high    shifts of at least 32: the high halves of 64-bit products of the even and the odd lanes, shifted further
+        where the shift is more than 32 (a floor of a floor is the floor of the whole)
 pairs   any shifts: 64-bit products of the even and the odd lanes
 wide    int64 lanes throughout: results beyond int32, and halves to even where a tie can occur
 """
@@ -23,7 +25,7 @@ from utils.integer_graph.ir import Node, TensorType, int_range
 from utils.quantization_utils.dyadic import CHEAP_SHIFT, ROUNDING, tie_is_impossible
 
 LANES = 16
-INT32 = 1 << 31
+INT16, INT32 = 1 << 15, 1 << 31
 LOW, HIGH = "T.Broadcast(T.int64(4294967295), 8)", "T.Broadcast(T.int64(-4294967296), 8)"
 B32 = "T.Broadcast(T.int64(32), 8)"
 
@@ -63,23 +65,21 @@ def block_channels(channels: int) -> np.ndarray:
     return np.minimum(start[:, None] + np.arange(LANES), channels - 1)
 
 
-def by_block(values: np.ndarray, channels: int) -> np.ndarray:
-    """Per-channel values [C] packed for blocks [blocks * 16], int32; per-tensor ones [1] stay one number."""
-    values = values.astype(np.int32)
-    return values if len(values) == 1 else values[block_channels(channels)].ravel()
-
-
 class Constants:
-    """Loads per-channel or per-tensor constants of a node as vectors, hoisted to where the block is known."""
+    """Loads per-channel or per-tensor constants of a node as vectors, hoisted to where the block is known.
 
-    def __init__(self, source: Source, values: np.ndarray, channels: int):
-        self.packed = by_block(values, channels)
-        self.name = source.constant(self.packed)
+    values: [C] or [1].  order: channel of each lane of each block (:func:`block_channels`).
+    """
+
+    def __init__(self, source: Source, values: np.ndarray, order: np.ndarray):
+        values = values.astype(np.int32)
+        self.single = len(values) == 1
+        self.name = source.constant(values if self.single else values[order].ravel())
         self.source = source
 
     def vector(self, block: str) -> str:
         """int32x16 of a block of channels."""
-        if len(self.packed) == 1:
+        if self.single:
             return self.source.let(f"T.Broadcast({self.name}[0], {LANES})", "c")
         return self.source.let(f"{self.name}[T.Ramp(({block})*{LANES}, 1, {LANES})]", "c")
 
@@ -99,53 +99,80 @@ class Splats:
 Pack = Callable[[np.ndarray], "Constants | Splats"]
 
 
+def _mode(m: np.ndarray, e: np.ndarray, x: tuple[int, int], even: bool, vnni: bool) -> str:
+    """Form of a rescaling (int64 m and e) of operands in [x[0], x[1]]."""
+    reach = max(abs(x[0]), abs(x[1]))
+    ends = [ROUNDING["up"](np.int64(bound), m, e) for bound in x]
+    fits = max(abs(int(end.min())) for end in ends) < INT32 and max(abs(int(end.max())) for end in ends) < INT32
+    ties = even and not all(tie_is_impossible(int(a), int(b), reach) for a, b in zip(m.ravel(), e.ravel(), strict=True))
+    if ties or not fits or reach >= INT32:
+        return "wide"
+    if reach * int(m.max()) + (1 << (int(e.max()) - 1)) < INT32:
+        short = x[0] >= -INT16 and x[1] < INT16 and m.max() < INT16
+        return "short" if vnni and short else "narrow"
+    return "high" if (e >= CHEAP_SHIFT).all() else "pairs"
+
+
+def rescale_mode(node: Node, x: tuple[int, int]) -> str:
+    """Form of the rescaling of a requantize node whose operand is in [x[0], x[1]]."""
+    m, e = (node.arrays[key].astype(np.int64) for key in ("multiplier", "shift"))
+    return _mode(m, e, x, node.attrs["rounding"] == "even", False)
+
+
 class Rescale:
     """One dyadic rescaling of a node's operand: multipliers m, shifts e, operand bounds x in [lo, hi].
 
-    pack: how m and e become vectors (:class:`Constants` of so many channels, :class:`Splats`).
+    pack: how m and e become vectors (:class:`Constants` of so many channels, :class:`Splats`).  vnni: whether
+    AVX512-VNNI instructions may be used.
     """
 
-    def __init__(self, source: Source, m: np.ndarray, e: np.ndarray, x: tuple[int, int], rounding: str, pack: Pack):
+    def __init__(
+        self,
+        source: Source,
+        m: np.ndarray,
+        e: np.ndarray,
+        x: tuple[int, int],
+        rounding: str,
+        pack: Pack,
+        vnni: bool = False,
+    ):
         m64, e64 = m.astype(np.int64), e.astype(np.int64)
         self.source, self.even = source, rounding == "even"
-        self.mode = self._mode(m64, e64, x)
+        self.mode = _mode(m64, e64, x, self.even, vnni)
         ends = [ROUNDING[rounding](np.int64(bound), m64, e64) for bound in x]
         self.lo, self.hi = int(min(end.min() for end in ends)), int(max(end.max() for end in ends))
-        self.low_shift = int(e64.min()) < CHEAP_SHIFT
         self.m = pack(m.ravel())
-        self.e = None if self.mode == "high" else pack(e.ravel())
-
-    def _mode(self, m: np.ndarray, e: np.ndarray, x: tuple[int, int]) -> str:
-        reach = max(abs(x[0]), abs(x[1]))
-        ends = [ROUNDING["up"](np.int64(bound), m, e) for bound in x]
-        fits = max(abs(int(end.min())) for end in ends) < INT32 and max(abs(int(end.max())) for end in ends) < INT32
-        ties = self.even and not all(
-            tie_is_impossible(int(a), int(b), reach) for a, b in zip(m.ravel(), e.ravel(), strict=True)
-        )
-        if ties or not fits or reach >= INT32:
-            return "wide"
-        if reach * int(m.max()) + (1 << (int(e.max()) - 1)) < INT32:
-            return "narrow"
-        return "high" if (e == CHEAP_SHIFT).all() else "pairs"
+        cheap = self.mode == "high" and (e64 == CHEAP_SHIFT).all()
+        self.e = None if cheap else pack(e.ravel())
 
     def load(self, block: str) -> "Callable[[Value], Value]":
         """Load the constants of a block; gives the function that rescales a value with them."""
         let = self.source.let
         m = self.m.vector(block)
         e = self.e.vector(block) if self.e else ""
-        if self.mode == "narrow":
+        if self.mode in ("short", "narrow"):
             half = let(f"T.shift_left({splat(1)}, {e} - {splat(1)})")
-            return lambda x: Value(let(f"T.shift_right({x.name} * {m} + {half}, {e})"))
+            return lambda x: Value(let(f"T.shift_right({self._product(x.name, m, half)}, {e})"))
         if self.mode == "wide":
             return self._wide(m, e)
         me, mo = self._pair(m)
-        if self.mode == "high":
-            half = "T.Broadcast(T.int64(2147483648), 8)"
-            return lambda x: self._joined(x, (me, mo), (half, half), None)
+        half64 = "T.Broadcast(T.int64(2147483648), 8)"
+        if not e:
+            return lambda x: Value(self._high(x, (me, mo), (half64, half64)))
         ee, eo = self._pair(e)
         one = "T.Broadcast(T.int64(1), 8)"
         halves = tuple(let(f"T.shift_left({one}, {s} - {one})") for s in (ee, eo))
-        return lambda x: self._joined(x, (me, mo), (halves[0], halves[1]), (ee, eo))
+        if self.mode == "pairs":
+            return lambda x: self._joined(x, (me, mo), (halves[0], halves[1]), (ee, eo))
+        rest = let(f"{e} - {splat(CHEAP_SHIFT)}")
+        return lambda x: Value(let(f"T.shift_right({self._high(x, (me, mo), (halves[0], halves[1]))}, {rest})"))
+
+    def _product(self, x: str, m: str, half: str) -> str:
+        """x * m + half in int32 lanes."""
+        if self.mode == "narrow":
+            return f"{x} * {m} + {half}"
+        a, b = (f'T.reinterpret("int16x32", {factor})' for factor in (x, m))
+        return f'T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpwssd.512", {half}, {a}, {b})'
 
     def _pair(self, x: str) -> tuple[str, str]:
         """Even and odd lanes of an int32x16 as sign-extended int64x8."""
@@ -153,20 +180,23 @@ class Rescale:
         even = self.source.let(f"T.shift_right(T.shift_left({both}, {B32}), {B32})")
         return even, self.source.let(f"T.shift_right({both}, {B32})")
 
-    def _joined(self, x: Value, m: tuple[str, str], half: tuple[str, str], shift: tuple[str, str] | None) -> Value:
-        let = self.source.let
-        even, odd = (let(f"{lane} * {a} + {b}") for lane, a, b in zip(self._pair(x.name), m, half, strict=True))
-        if shift is None:
-            unsigned = f'T.shift_right(T.reinterpret("uint64x8", {even}), T.Broadcast(T.uint64(32), 8))'
-            low = f'T.reinterpret("int64x8", {unsigned})'
-            high = f"T.bitwise_and({odd}, {HIGH})"
-        else:
-            low = f"T.bitwise_and(T.shift_right({even}, {shift[0]}), {LOW})"
-            if self.low_shift:
-                high = f"T.shift_left(T.shift_right({odd}, {shift[1]}), {B32})"
-            else:
-                high = f"T.bitwise_and(T.shift_right({odd}, {shift[1]} - {B32}), {HIGH})"
-        return Value(let(f'T.reinterpret("int32x16", T.bitwise_or({low}, {high}))'))
+    def _products(self, x: Value, m: tuple[str, str], half: tuple[str, str]) -> list[str]:
+        """x * m + half of the even and the odd lanes, int64x8."""
+        pairs = zip(self._pair(x.name), m, half, strict=True)
+        return [self.source.let(f"{lane} * {a} + {b}") for lane, a, b in pairs]
+
+    def _high(self, x: Value, m: tuple[str, str], half: tuple[str, str]) -> str:
+        """High halves of x * m + half, int32x16."""
+        even, odd = self._products(x, m, half)
+        unsigned = f'T.shift_right(T.reinterpret("uint64x8", {even}), T.Broadcast(T.uint64(32), 8))'
+        both = f'T.bitwise_or(T.reinterpret("int64x8", {unsigned}), T.bitwise_and({odd}, {HIGH}))'
+        return self.source.let(f'T.reinterpret("int32x16", {both})')
+
+    def _joined(self, x: Value, m: tuple[str, str], half: tuple[str, str], shift: tuple[str, str]) -> Value:
+        even, odd = self._products(x, m, half)
+        low = f"T.bitwise_and(T.shift_right({even}, {shift[0]}), {LOW})"
+        high = f"T.shift_left(T.shift_right({odd}, {shift[1]}), {B32})"
+        return Value(self.source.let(f'T.reinterpret("int32x16", T.bitwise_or({low}, {high}))'))
 
     def _wide(self, m: str, e: str) -> "Callable[[Value], Value]":
         let = self.source.let
@@ -206,7 +236,7 @@ class PointwiseNode:
 
     def __init__(self, source: Source, node: Node, operands: Sequence[TensorType], channels: int, target: Target):
         self.source, self.node, self.operands, self.channels = source, node, operands, channels
-        self.target = target
+        self.target, self.order = target, block_channels(channels)
         emitters: Mapping[str, Callable[[], Callable[[str], Apply]]] = {
             "requantize": self._requantize,
             "add": self._add,
@@ -220,7 +250,8 @@ class PointwiseNode:
     def _rescale(self, suffix: str, x: tuple[int, int]) -> Rescale:
         arrays, rounding = self.node.arrays, self.node.attrs["rounding"]
         m, e = arrays[f"multiplier{suffix}"], arrays[f"shift{suffix}"]
-        return Rescale(self.source, m, e, x, rounding, lambda values: Constants(self.source, values, self.channels))
+        vnni = self.target.dot == "avx512"
+        return Rescale(self.source, m, e, x, rounding, lambda values: Constants(self.source, values, self.order), vnni)
 
     def _clamped(self, x: Value, reach: tuple[int, int]) -> Value:
         return clamp(self.source, x, reach, self.node.attrs["lo"], self.node.attrs["hi"])
@@ -272,7 +303,7 @@ class PointwiseNode:
         return load
 
     def _clip(self) -> Callable[[str], Apply]:
-        lo, hi = (Constants(self.source, self.node.arrays[key], self.channels) for key in ("lo", "hi"))
+        lo, hi = (Constants(self.source, self.node.arrays[key], self.order) for key in ("lo", "hi"))
 
         def load(block: str) -> Apply:
             least, most = lo.vector(block), hi.vector(block)
@@ -290,7 +321,7 @@ class PointwiseNode:
         last = splat(table.shape[-1] - 1)
         rows = None
         if table.ndim == 2:
-            rows = Constants(self.source, np.arange(len(table)) * table.shape[1], self.channels)
+            rows = Constants(self.source, np.arange(len(table)) * table.shape[1], self.order)
 
         def load(block: str) -> Apply:
             first = rows.vector(block) if rows else splat(0)
@@ -326,14 +357,15 @@ class PointwiseNode:
 
     def _logits(self) -> Callable[[str], Apply]:
         scale = self.node.arrays["scale"]
-        packed = scale if len(scale) == 1 else scale[block_channels(self.channels)].ravel()
+        packed = scale if len(scale) == 1 else scale[self.order].ravel()
         name = self.source.constant(packed)
 
         def load(block: str) -> Apply:
             one = len(packed) == 1
             factor = f"T.Broadcast({name}[0], {LANES})" if one else f"{name}[T.Ramp(({block})*{LANES}, 1, {LANES})]"
             factor = self.source.let(factor)
-            return lambda x: Value(self.source.let(f'T.cast({x[0].name}, "float32x16") * {factor}'))
+            # Not bound to a name: TVM's analysis of bounds fails on floats made of bounded integers.
+            return lambda x: Value(f'T.cast({x[0].name}, "float32x16") * {factor}')
 
         return load
 

@@ -65,9 +65,9 @@ def _latency_rows(report: Report) -> Rows:
 
 
 def _step_rows(report: Report) -> Rows:
-    """One row per step, and their sum."""
-    steps = report["steps"]
-    total = sum(step["ms"] for step in steps)
+    """One row per step, and all together."""
+    steps, batch = report["steps"], report["rows"][0]["batch"]
+    ms, macs = (sum(step[key] for step in steps) for key in ("ms", "macs"))
     rows = [
         {
             "step": step["name"],
@@ -83,8 +83,8 @@ def _step_rows(report: Report) -> Rows:
         }
         for step in steps
     ]
-    nothing = dict.fromkeys(rows[0], "")
-    return [*rows, nothing | {"step": "sum of the steps", "ms": _number(total, 4)}]
+    nothing, speed = dict.fromkeys(rows[0], ""), 2 * batch * macs / ms / 1e6
+    return [*rows, nothing | {"step": "sum", "M MACs": f"{macs / 1e6:.2f}", "ms": f"{ms:.4f}", "GOP/s": f"{speed:.1f}"}]
 
 
 def _number(value: float | None, digits: int) -> str:

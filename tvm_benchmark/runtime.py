@@ -106,7 +106,10 @@ def use_threads(count: int) -> None:
 
 
 def memory(size: int) -> np.ndarray:
-    """uint8 [size] of zeros, aligned to 64 bytes, in large pages where it fills one and the system has them."""
+    """uint8 [size] of zeros, in large pages where it fills one and the system has them.
+
+    Aligned to 64 bytes (to a large page), and at least 4096 bytes behind it may be read.
+    """
     pages = mmap.mmap(-1, max(size, 1) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without large pages

@@ -67,7 +67,7 @@ class Source:
 
     def local(self, size: int, dtype: str, name: str = "local") -> str:
         """An array of the function (or of one turn of a parallel loop): registers where all indices are constants,
-        else the stack."""
+        else the stack.  A vector dtype ("int32x16") gives vectors as elements and aligns them."""
         self.count += 1
         fresh = f"{name}{self.count}"
         self.line(f'{fresh} = T.alloc_buffer(({size},), "{dtype}", annotations={{"disable_lower_builtin": True}})')

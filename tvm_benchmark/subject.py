@@ -22,6 +22,7 @@ from utils.quantization_utils.cost_model import Layer, LayerBits
 from utils.random_networks import calibrated, random_images, spread_statistics
 
 CALIBRATION_IMAGES = 8
+DEFAULT_SCHEME = "uniform8"
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,23 @@ class Subject:
         return random_images(self.graph.nodes[0].type.shape, count, seed)
 
 
-def load_subject(arch: str | None, scheme: str, graph: Path | None, checkpoint: Path | None) -> Subject:
+def load_subject(arch: str | None, scheme: str | None, graph: Path | None, checkpoint: Path | None) -> Subject:
     """The subject that a command line names: a graph file, else a checkpoint, else a network with random weights.
 
-    arch: may be None with a file; else it must be the file's.  scheme: of the random network alone.  Raises UserError.
+    arch: may be None with a file; else it must be the file's.  scheme: of a network with random weights (None:
+    uniform8); a file has its own.  Raises UserError.
     """
+    if scheme is not None and (graph or checkpoint) is not None:
+        raise UserError(
+            f"got the scheme {scheme} for {graph or checkpoint}, which has its own; leave out --quant-scheme"
+        )
     if graph is not None:
         return _from_graph(graph, arch)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint, arch)
     if arch is None:
         raise UserError("nothing to measure; give an architecture with -a, or a file with --graph or --checkpoint")
-    experiment = calibrated(arch, scheme, CALIBRATION_IMAGES)
+    experiment = calibrated(arch, scheme or DEFAULT_SCHEME, CALIBRATION_IMAGES)
     return Subject(experiment.convert(()), experiment.info)
 
 

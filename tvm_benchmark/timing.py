@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-WARM_SECONDS = 0.01  # of a turn, not recorded: caches and thread pools become this engine's again
-TURN_SECONDS = 0.05
+# The first runs of a turn are not recorded: caches become this engine's again, and idle threads of the engine before
+# spin for some 10 ms.
+WARM_SECONDS = 0.03
+TURN_SECONDS = 0.1
 WARM_RUNS, TURN_RUNS, ROUNDS = 1, 3, 5  # at least
 
 

@@ -157,8 +157,7 @@ def _module(sources: Sequence[Source], plan: Plan) -> tuple[str, int, np.ndarray
                 offsets[param.tensor] = size
                 size += -(-(plan.views[param.tensor].buffer.bytes(plan.batch) + SLACK) // SLACK) * SLACK
             arguments.append(f"T.address_of(space[{offsets[param.tensor]}])")
-        functions[source.text("kernel")] = f"kernel_{i}"
-        name = functions[source.text("kernel")]
+        name = functions.setdefault(source.text("kernel"), f"kernel_{i}")
         calls[f"candidate_{i}"] = [f"{name}({', '.join(arguments)})"]
     weights = arena.bytes()
     signature = f'space: T.Buffer(({size},), "uint8"), weights: T.Buffer(({len(weights)},), "uint8")'

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tvm_benchmark.artifact import CompiledModel, check_cpu, read_info
 from tvm_benchmark.compile import compile_graph, versions
+from tvm_benchmark.equality import difference
 from tvm_benchmark.isa import choose
 from utils.errors import UserError
 from utils.integer_graph.ir import Graph
@@ -44,31 +45,19 @@ def _is_current(graph: Graph, folder: Path, batch: int) -> bool:
 class Checked:
     """Predicts with the compiled model; the first images go through ``reference`` too, and every logit must be equal.
 
-    checked: how many images.  images: computed so far.
+    checked: how many images.
     """
 
     def __init__(self, model: CompiledModel, reference: Callable[[Tensor], Tensor], checked: int) -> None:
         self.model, self.reference, self.unchecked = model, reference, checked
-        self.images = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits float32 [N, classes] of images uint8 [N, C, H, W].  Raises UserError where they differ."""
         logits = torch.from_numpy(self.model.predict(images.numpy()))
         count = min(self.unchecked, len(images))
         if count:
-            _compare(logits[:count], self.reference(images[:count]).cpu(), self.images)
+            found = difference(logits[:count].numpy(), self.reference(images[:count]).cpu().numpy())
+            if found.different:
+                raise UserError(f"{found.sentence}, and evaluate with --engine torch")
             self.unchecked -= count
-        self.images += len(images)
         return logits
-
-
-def _compare(logits: Tensor, expected: Tensor, first: int) -> None:
-    different = (logits != expected).nonzero()
-    if len(different):
-        image, output = (int(i) for i in different[0])
-        got, wanted = float(logits[image, output]), float(expected[image, output])
-        raise UserError(
-            f"the compiled model differs from the torch engine in {len(different)} of {logits.numel()} logits: image "
-            f"{first + image}, output {output} is {got} and should be {wanted}; report this with the graph's file, and "
-            "evaluate with --engine torch"
-        )

@@ -16,6 +16,7 @@ from utils.preprocess import Preprocess
 from utils.quantization_utils.prepare import QuantizedModel
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 images [N, C, H, W] and int64 labels [N]
+Engine = Callable[[Tensor], Tensor]  # uint8 images [N, C, H, W] to logits float32 [N, classes]
 BATCH_PIXELS = 64 * 224 * 224  # keeps the integer graph's temporaries to a few GB
 
 
@@ -42,7 +43,7 @@ def evaluation_batch(wanted: int, input_size: int) -> int:
     return min(wanted, max(1, BATCH_PIXELS // input_size**2))
 
 
-def evaluate(predict: Callable[[Tensor], Tensor], loader: Batches, label: str) -> Accuracy:
+def evaluate(predict: Engine, loader: Batches, label: str) -> Accuracy:
     """Accuracy of ``predict`` (uint8 images -> logits [N, classes]); raises UserError for a loader without images."""
     start = time.perf_counter()
     correct1 = correct5 = images = 0
@@ -60,7 +61,7 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Batches, label: str) -
     return Accuracy(100 * correct1 / images, 100 * correct5 / images, images, seconds, torch.cat(predictions))
 
 
-def float_predictor(model: nn.Module, preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:
+def float_predictor(model: nn.Module, preprocess: Preprocess, device: torch.device) -> Engine:
     """Logits of a float (or fake-quantized) model in eval mode."""
     model.eval()
 

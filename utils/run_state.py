@@ -10,10 +10,9 @@ from torch import Tensor
 
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.evaluation import Accuracy, evaluate, float_predictor
+from utils.evaluation import Accuracy, Engine, evaluate, float_predictor
 from utils.experiment import Experiment
 from utils.integer_graph.ir import Graph
-from utils.integer_graph.torch_engine import TorchEngine
 from utils.provenance import commit
 from utils.run_data import Data
 from utils.run_log import log
@@ -21,22 +20,31 @@ from utils.train_flags import resume_command
 from utils.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "quant_train.py"
-Engine = Callable[[Tensor], Tensor]  # uint8 images -> logits
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 
 
 class Run:
-    """The hooks of the training loop, and everything its owner measures.  args: parsed and filled in."""
+    """The hooks of the training loop, and everything its owner measures.
 
-    def __init__(self, args: argparse.Namespace, command: str, experiment: Experiment, data: Data) -> None:
+    args: parsed and filled in.  make_engine: what evaluates an integer graph.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        command: str,
+        experiment: Experiment,
+        data: Data,
+        make_engine: Callable[[Graph], Engine],
+    ) -> None:
         self.args, self.command, self.experiment, self.data = args, command, experiment, data
+        self.make_engine = make_engine
         self.trainer: Trainer | None = None
         self.best_top1 = -1.0
         self.top1_float: float | None = None
         self.float_classes: Tensor | None = None
         self.last: Accuracy | None = None
         self.graph: Graph | None = None
-        self.make_engine: Callable[[Graph], Engine] = lambda graph: TorchEngine(graph, experiment.device)
         self.phase = "evaluation of the float network"
         self.saved: Path | None = None
         self.writer: Any = _tensorboard(args) if args.tensorboard else None

@@ -176,7 +176,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
          "and demands the logits of torch on --agreement-images images"),
         ("--resume", FILE, None,
          "checkpoint to continue bit for bit, or to start training from (after --epochs 0); brings its architecture, "
-         "scheme, weights and quantizers; a missing file is an error (the original went on with random weights)"),
+         "scheme, weights and quantizers; a missing file is an error (the original went on with random weights); with "
+         "-e also an integer graph (model.safetensors)"),
         ("--save-path", FOLDER, None,
          "folder of the run's files (default: that of --resume, else runs/ARCH_SCHEME; the original put it in front of "
          "the file names)"),

@@ -87,7 +87,9 @@ def check(graph: Graph, target: Target, *, batch: int = 1, seed: int = 0) -> lis
     memory = space.numpy()
     for name, place in lowered.tensors.items():
         if name in expected:
-            np.testing.assert_array_equal(_read(memory, place, batch), expected[name].reshape(batch, *place["shape"]), name)
+            np.testing.assert_array_equal(
+                _read(memory, place, batch), expected[name].reshape(batch, *place["shape"]), name
+            )
     return [step.kind for step in plan.steps]
 
 

@@ -46,7 +46,7 @@ def test_random_network() -> None:
 
 
 def test_graph_file(experiment: Experiment, graph_file: Path) -> None:
-    subject = load_subject(None, "", graph_file, None)
+    subject = load_subject(None, None, graph_file, None)
     assert serialize.graph_hash(subject.graph) == serialize.graph_hash(experiment.convert(()))
     assert subject.network is not None
     assert subject.network.num_classes == 10
@@ -56,7 +56,7 @@ def test_graph_of_a_network_of_ones_own_has_no_float_network(experiment: Experim
     graph = experiment.convert(())
     path = tmp_path / "own.safetensors"
     serialize.save(Graph(graph.nodes, {**graph.meta, "arch": "mynet"}), path)
-    subject = load_subject(None, "", path, None)
+    subject = load_subject(None, None, path, None)
     assert subject.network is None
     assert subject.reason.startswith("the float network of own.safetensors cannot be built (unknown architecture 'my")
 
@@ -64,7 +64,7 @@ def test_graph_of_a_network_of_ones_own_has_no_float_network(experiment: Experim
 def test_checkpoint(experiment: Experiment, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth.tar"
     save_checkpoint(path, experiment.state())
-    subject = load_subject("digits", "", None, path)
+    subject = load_subject("digits", None, None, path)
     assert serialize.graph_hash(subject.graph) == serialize.graph_hash(experiment.convert(()))
     assert subject.network is not None
     state = experiment.info.module.state_dict()
@@ -76,7 +76,7 @@ def test_checkpoint_of_a_float_network(tmp_path: Path) -> None:
     path = tmp_path / "float.pth.tar"
     save_checkpoint(path, floats.state() | {"scheme": "float"})
     with pytest.raises(UserError, match=r"float\.pth\.tar holds a float network; give a checkpoint of a quantized one"):
-        load_subject(None, "", None, path)
+        load_subject(None, None, None, path)
 
 
 def test_nothing_given() -> None:
@@ -86,7 +86,7 @@ def test_nothing_given() -> None:
 
 def test_graph_of_another_network(graph_file: Path) -> None:
     with pytest.raises(UserError, match=re.escape("is a graph of digits, not of resnet18; leave out -a")):
-        load_subject("resnet18", "uniform8", graph_file, None)
+        load_subject("resnet18", None, graph_file, None)
 
 
 def test_graph_without_bits(experiment: Experiment) -> None:
@@ -94,3 +94,8 @@ def test_graph_without_bits(experiment: Experiment) -> None:
     meta = {key: value for key, value in graph.meta.items() if key != "layers"}
     with pytest.raises(UserError, match="does not record the bits of its layers; convert the model again"):
         cost(Graph(graph.nodes, meta))
+
+
+def test_scheme_for_a_file(graph_file: Path) -> None:
+    with pytest.raises(UserError, match=r"got the scheme uniform4 for .* which has its own; leave out --quant-scheme"):
+        load_subject(None, "uniform4", graph_file, None)

@@ -17,7 +17,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_minimum_median_and_95th_percentile(clock: list[float]) -> None:
-    durations = iter([0.02, *[0.05] * 3] * 4 + [0.02, 0.01, 0.05, 0.45])
+    durations = iter([0.04, *[0.05] * 3] * 4 + [0.04, 0.01, 0.05, 0.45])
 
     def engine() -> None:
         clock[0] += next(durations)

@@ -6,7 +6,16 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.plots import AFTER, SchemePoint, draw_accuracy, draw_bits, plot_schemes
+from utils.plots import (
+    AFTER,
+    LatencyBar,
+    SchemePoint,
+    draw_accuracy,
+    draw_bits,
+    draw_latency,
+    plot_latency,
+    plot_schemes,
+)
 
 POINTS = [SchemePoint("uniform8", 99.0, 100.0, 32.2, 90.9), SchemePoint("uniform2", 30.0, 90.0, 8.6, 6.8)]
 BITS = {"uniform8": {"features.a.conv": (8, 8), "b": (8, 8)}, "uniform2": {"features.a.conv": (2, 4), "b": (8, 8)}}
@@ -47,3 +56,16 @@ def test_bits_are_written_in_their_cells() -> None:
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0.5, 0.5): "8", (1.5, 0.5): "8", (0.5, 1.5): "2/4", (1.5, 1.5): "8"}
     assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_latency_bars_reach_the_minimum_from_the_top_down(tmp_path: Path) -> None:
+    bars = [LatencyBar("ours", 2.0, 2.5, 4.0, ours=True), LatencyBar("theirs", 3.0, 3.5, 5.0)]
+    axes = Figure().add_subplot()
+    draw_latency(axes, bars)
+    assert [patch.get_width() for patch in axes.patches] == [2.0, 3.0]
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "theirs"]
+    assert axes.yaxis_inverted()
+    plot_latency(tmp_path / "p.png", {"one image": bars, "eight images": bars[:1]})
+    with Image.open(tmp_path / "p.png") as image:
+        image.verify()

@@ -51,6 +51,11 @@ def test_text_shows_every_figure() -> None:
     assert text.endswith("2.250 GBOPS, files in runs/x")
 
 
+def test_text_names_the_engine() -> None:
+    text = format_report({**MEASURED, "engine": "tvm", "images_per_second": 1234.5}, Path("x"))
+    assert "tvm, 1234 images/s" in text
+
+
 def test_what_was_not_measured_is_said_or_left_out() -> None:
     text = format_report({**MEASURED, "top1_integer": None, "top1_float": None}, Path("x"))
     assert "not measured" in text
