@@ -1,28 +1,32 @@
 """Chooses the kernel and the tiling of a dense layer."""
 
-from tvm_benchmark.dense import Kernel, RegisterKernel, Tiling, layer_of, walks_of
+from tvm_benchmark.dense import Kernel, RegisterKernel, Tiling, layers_of, walks_of
 from tvm_benchmark.isa import Target
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.source import Source
 from tvm_benchmark.tiles import MAX_ROWS, TileKernel
 
 FEW_PIXELS = 5  # below, a tile of weights costs more than the vector instructions it saves
+NEAR_BYTES = 256 << 10  # weights that stay in the second-level cache beside the pixels
 CHEAP_ROWS = 11  # a product of fewer rows waits for its weights
 KERNELS: dict[str, type[Kernel]] = {"registers": RegisterKernel, "tiles": TileKernel}
 
 
 def default_tiling(plan: Plan, step: Step, target: Target) -> Tiling:
     """A good tiling without a search."""
-    layer = layer_of(plan, step)
-    if layer.view.storage.dtype != "uint8":
+    layers = layers_of(plan, step)
+    layer = layers[0]
+    if any(x.view.storage.dtype != "uint8" for x in layers):
         return Tiling(4, 1)
     if target.amx and plan.batch * step.shape[1] * step.shape[2] >= FEW_PIXELS:
-        walks = walks_of(plan, step, layer, MAX_ROWS)
+        walks = walks_of(plan, step, layers, MAX_ROWS)
         walk = min(walks, key=lambda name: walks[name].tiles * max(walks[name].pixels, CHEAP_ROWS))
-        return Tiling(MAX_ROWS, 2, 2, "panels", "tiles", walk)
-    point = layer.weight.shape[2:] == (1, 1) and layer.stride == (1, 1)
+        if walks[walk].tiles <= 4:  # all pixels at once: every weight is read once
+            return Tiling(MAX_ROWS, 1, 4, "panels", "tiles", walk)
+        order = "pixels" if layer.weight.size <= NEAR_BYTES else "panels"
+        return Tiling(MAX_ROWS, 2, 2, order, "tiles", walk)
     pixels, panel = (7, 2) if target.dot == "avx512" else (4, 1)
-    return Tiling(pixels, panel, walk="long" if point else "rows")
+    return Tiling(pixels, panel, walk="long" if layer.is_point else "rows")
 
 
 def emit_with(plan: Plan, step: Step, target: Target, tiling: Tiling) -> Source:

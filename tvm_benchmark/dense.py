@@ -6,7 +6,7 @@ have gaps.  Weights are packed once as [group][block][segment][step][16 outputs]
 bytes as the target's dot product takes.  What a segment reads beyond its end meets zero weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from tvm_benchmark.layout import Shape3, View
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.pointwise import LANES, Value, blocks
 from tvm_benchmark.source import Source
+from utils.integer_graph.ir import Node
 
 TILE_BYTES = 64  # reduction bytes of one tile register
 PREFETCH_FROM = 100_000  # bytes of weights from which the next panel is fetched ahead
@@ -88,14 +89,21 @@ class Layer:
         return self.dilation[0] * self.view.buffer.row, self.dilation[1] * self.view.buffer.pitch
 
     @property
+    def is_point(self) -> bool:
+        """Whether every output pixel reads the same pixel of the input, and no other."""
+        return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    @property
     def start(self) -> int:
         return -(self.padding[0] * self.view.buffer.row + self.padding[1] * self.view.buffer.pitch)
 
 
-def layer_of(plan: Plan, step: Step) -> Layer:
-    """The layer of a conv or linear step."""
-    node, view = step.anchor, plan.views[step.inputs[0]]
-    assert node is not None
+def layers_of(plan: Plan, step: Step) -> list[Layer]:
+    """The layers of a conv or linear step: its anchor's and, where it has one, the second's."""
+    return [_layer(node, plan.views[name]) for node, name in zip(step.anchors, step.inputs, strict=True)]
+
+
+def _layer(node: Node, view: View) -> Layer:
     weight = node.arrays["weight"]
     weight = weight.reshape(*weight.shape, *(1,) * (4 - weight.ndim))
     attrs = {"stride": [1, 1], "dilation": [1, 1], "padding": [0] * 4, "groups": 1, **node.attrs}
@@ -223,21 +231,22 @@ class Walk:
                 yield n, row, column
 
 
-def walks_of(plan: Plan, step: Step, layer: Layer, pixels: int) -> dict[str, Walk]:
+def walks_of(plan: Plan, step: Step, layers: Sequence[Layer], pixels: int) -> dict[str, Walk]:
     """The ways to cut the pixels of a step into tiles of at most ``pixels``, by name: "rows" and, for stride 1,
     "long"."""
     _, height, width = step.shape
     views = [plan.views[name] for name in (*step.inputs, *step.reads, *step.writes)]
-    kernel = layer.weight.shape[2:]
-    point = kernel == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+    layer = layers[0]
+    point = all(x.is_point for x in layers)
+    packed = point and all(x.view.is_dense for x in layers)
     walks = {"rows": Walk(plan.batch, height, width, _even(width, pixels), 0, step.shape, False)}
-    if layer.stride != (1, 1):
+    if layer.stride != (1, 1) or (len(layers) > 1 and not packed):
         return walks
     row = layer.view.buffer.row // layer.view.buffer.pitch
     if point and all(v.is_dense and v.buffer.shape[1:] == (height, width) for v in views):
         length = plan.batch * height * width
         walks["long"] = Walk(1, 1, length, _even(length, pixels), width, step.shape, True)
-    elif point and layer.view.is_dense:
+    elif packed:
         length = plan.batch * height * width
         walks["long"] = Walk(1, 1, length, _even(length, pixels), width, step.shape, False)
     else:
@@ -318,17 +327,17 @@ class Kernel:
     def __init__(self, plan: Plan, step: Step, target: Target, tiling: Tiling):
         self.plan, self.step, self.target = plan, step, target
         self.source = Source()
-        self.layer = layer_of(plan, step)
-        self.tiling = tiling
-        walks = walks_of(plan, step, self.layer, tiling.pixels)
+        self.layers = layers_of(plan, step)
+        self.outputs, self.groups = self.layers[0].outputs, self.layers[0].groups
+        walks = walks_of(plan, step, self.layers, tiling.pixels)
         self.walk = walks.get(tiling.walk, walks["rows"])
         self.tiles = min(tiling.tiles, self.walk.tiles)
         self.order = tiling.order
-        self.blocks = blocks(self.layer.outputs)
+        self.blocks = blocks(self.outputs)
         self.panel = min(tiling.panel, self.blocks)
         self.panels = -(-self.blocks // self.panel)
         self.pixel_blocks = -(-self.walk.tiles // self.tiles)
-        self.input = self.source.tensor(step.inputs[0], self.layer.view)
+        self.pointers = [self.source.tensor(n, v.view) for n, v in zip(step.inputs, self.layers, strict=True)]
         self.epilogue = Epilogue(self.source, plan, step, target)
 
     @property
@@ -346,7 +355,7 @@ class Kernel:
 
         prepare(): emitted at the start of a job.  run(units): emits all units of a job.
         """
-        groups, source = self.layer.groups, self.source
+        groups, source = self.groups, self.source
         by_panel = self.order == "panels"
         outer = groups * self.panels if by_panel else groups
         chunks = min(self.pixel_blocks, -(-JOBS // outer))
@@ -383,10 +392,10 @@ class Kernel:
 
     def channel(self, group: str, block: str) -> tuple[str, str]:
         """Block number and first channel among all outputs."""
-        if self.layer.groups > 1:
+        if self.groups > 1:
             whole = self.source.let(f"({group})*{self.blocks} + {block}", "blk")
             return whole, f"({whole})*{LANES}"
-        channels = self.layer.outputs
+        channels = self.outputs
         if channels <= LANES:
             return "0", "0"
         start = f"({block})*{LANES}"
@@ -401,27 +410,29 @@ class Kernel:
             first = f"T.min({first}, {self.walk.tiles - self.tiles})"
         return f"{first} + {tile}"
 
-    def input_offset(self, group: str, site: Site) -> str:
+    def input_offset(self, layer: Layer, group: str, site: Site) -> str:
         """Element of the first tap of a tile's first pixel."""
         n, h, w = site
-        sh, sw = self.layer.stride
-        at = self.walk.at(self.layer.view, (n, f"({h})*{sh}" if h != "0" else h, f"({w})*{sw}" if w != "0" else w))
-        parts = [at] + ([f"({group})*{self.layer.inputs}"] if self.layer.groups > 1 else [])
-        return self.source.let(f"{' + '.join(parts)} + {self.layer.start}", "a")
+        sh, sw = layer.stride
+        at = self.walk.at(layer.view, (n, f"({h})*{sh}" if h != "0" else h, f"({w})*{sw}" if w != "0" else w))
+        parts = [at] + ([f"({group})*{layer.inputs}"] if layer.groups > 1 else [])
+        return self.source.let(f"{' + '.join(parts)} + {layer.start}", "a")
 
-    def emit_epilogue(self, group: str, first: str, site: Site, scratch: str, pixels: int) -> None:
-        """Finish ``pixels`` pixels from a site on, whose accumulators lie at ``scratch`` as [pixel][panel].
+    def number(self, group: str, block: str) -> str:
+        """Number of a block among the blocks of all groups, as the weights are packed."""
+        return self.channel(group, block)[0] if self.groups > 1 else block
 
-        scratch: name of the array and element of the first pixel, "name[element".
+    def finish_pixel(self, scratches: Sequence[str], site: Site, i: str, channel: str) -> None:
+        """Take 16 channels of the i-th pixel from a site on through the epilogue.
+
+        scratches: for each layer the expression of its accumulators, a vector.
         """
-        source = self.source
-        with source.loop("j", self.panel) as j:
-            number, channel = self.channel(group, f"{first} + {j}")
-            channel = source.let(channel, "ch")
-            self.epilogue.begin(number)
-            with source.loop("i", pixels) as i, self.walk.pixel(source, site, i) as pixel:
-                acc = source.let(f"{scratch} + ({i})*{self.panel} + {j}]", "acc")
-                self.epilogue.finish(Value(acc), partial(self.walk.at, site=pixel), channel)
+        with self.walk.pixel(self.source, site, i) as pixel:
+            values = {
+                node.name: Value(self.source.let(scratch, "acc"))
+                for node, scratch in zip(self.step.anchors, scratches, strict=True)
+            }
+            self.epilogue.finish(values, partial(self.walk.at, site=pixel), channel)
 
 
 class RegisterKernel(Kernel):
@@ -429,17 +440,11 @@ class RegisterKernel(Kernel):
 
     def __init__(self, plan: Plan, step: Step, target: Target, tiling: Tiling):
         super().__init__(plan, step, target, tiling)
-        self.dot = DOTS[target.dot if self.layer.view.storage.dtype == "uint8" else "portable"]
-        self.four_bit = self.layer.bits <= 4
-        packed = pack_weights(self.layer, self.dot.step, self.dot.step, self.four_bit)
-        self.weights = self.source.constant(packed)
-        self.bias = self.source.constant(block_bias(self.layer))
-        self.packed_bytes = len(packed)
-
-    @property
-    def parts(self) -> int:
-        """Vectors that make up 16 accumulators."""
-        return LANES // self.dot.lanes
+        self.dots = [DOTS[target.dot if layer.view.storage.dtype == "uint8" else "portable"] for layer in self.layers]
+        pairs = list(zip(self.layers, self.dots, strict=True))
+        packed = [pack_weights(layer, dot.step, dot.step, layer.bits <= 4) for layer, dot in pairs]
+        self.weights = [self.source.constant(array) for array in packed]
+        self.biases = [self.source.constant(block_bias(layer)) for layer in self.layers]
 
     def emit(self) -> Source:
         self.emit_jobs(lambda: None, self._run)
@@ -447,67 +452,70 @@ class RegisterKernel(Kernel):
 
     def _run(self, units: Units) -> None:
         with self.source.loop("b", units.count) as unit:
-            self._block(units.group, *units.locate(unit))
+            self._unit(units.group, *units.locate(unit))
 
-    def _block(self, group: str, first: str, block: str) -> None:
-        source, lanes = self.source, self.dot.lanes
-        site = self.walk.site(source, block)
-        base = self.input_offset(group, site)
-        number, _ = self.channel(group, first) if self.layer.groups > 1 else (first, "")
-        acc = source.local(self.pixels * self.panel * self.parts, f"int32x{lanes}", "acc")
-        for n in range(self.panel):
-            for part in range(self.parts):
-                bias = source.let(f"{self.bias}[T.Ramp(({number} + {n})*{LANES} + {part * lanes}, 1, {lanes})]")
-                for i in range(self.pixels):
-                    source.line(f"{acc}[{self._slot(i, n, part)}] = {bias}")
-        self._reduce(acc, base, number)
-        scratch = source.local(self.unit_vectors, f"int32x{LANES}", "scratch")
-        for i in range(self.pixels):
-            for n in range(self.panel):
-                parts = [f"{acc}[{self._slot(i, n, part)}]" for part in range(self.parts)]
-                whole = parts[0] if self.parts == 1 else f"T.Shuffle([{', '.join(parts)}], {list(range(LANES))})"
-                source.line(f"{scratch}[{i * self.panel + n}] = {whole}")
-        self.emit_epilogue(group, first, site, f"{scratch}[0", self.pixels)
+    def _unit(self, group: str, first: str, block: str) -> None:
+        source = self.source
+        site, number = self.walk.site(source, block), self.number(group, first)
+        scratches = []
+        for index, layer in enumerate(self.layers):
+            acc = self._reduce(index, self.input_offset(layer, group, site), number)
+            scratches.append(self._scratch(index, acc))
+        with source.loop("j", self.panel) as j:
+            block_number, channel = self.channel(group, f"{first} + {j}")
+            channel = source.let(channel, "ch")
+            self.epilogue.begin(block_number)
+            with source.loop("i", self.pixels) as i:
+                vectors = [f"{scratch}[({i})*{self.panel} + {j}]" for scratch in scratches]
+                self.finish_pixel(vectors, site, i, channel)
 
-    def _slot(self, i: int, n: int, part: int) -> int:
-        return (i * self.panel + n) * self.parts + part
+    def _scratch(self, index: int, acc: str) -> str:
+        """The accumulators as whole vectors in memory, [pixel][panel]."""
+        parts = LANES // self.dots[index].lanes
+        scratch = self.source.local(self.unit_vectors, f"int32x{LANES}", "scratch")
+        for i in range(self.unit_vectors):
+            pieces = [f"{acc}[{i * parts + part}]" for part in range(parts)]
+            whole = pieces[0] if parts == 1 else f"T.Shuffle([{', '.join(pieces)}], {list(range(LANES))})"
+            self.source.line(f"{scratch}[{i}] = {whole}")
+        return scratch
 
-    def _reduce(self, acc: str, base: str, number: str) -> None:
-        layer, source = self.layer, self.source
-        rows, columns = layer.segments
-        row_step, column_step = layer.steps
-        per_turn = 2 if self.four_bit else 1
-        vector = LANES * self.dot.step
-        turns = -(-layer.segment // (self.dot.step * per_turn))
-        block_bytes = rows * columns * turns * vector
+    def _reduce(self, index: int, base: str, number: str) -> str:
+        """Accumulators of one layer, an array [pixel][panel][part] of vectors."""
+        layer, dot, source = self.layers[index], self.dots[index], self.source
+        parts, lanes = LANES // dot.lanes, dot.lanes
+        acc = source.local(self.unit_vectors * parts, f"int32x{lanes}", "acc")
+        for slot in range(self.panel * parts):
+            at = f"({number} + {slot // parts})*{LANES} + {slot % parts * lanes}"
+            bias = source.let(f"{self.biases[index]}[T.Ramp({at}, 1, {lanes})]")
+            for i in range(self.pixels):
+                source.line(f"{acc}[{i * self.panel * parts + slot}] = {bias}")
+        per_turn = 2 if layer.bits <= 4 else 1
+        vector = LANES * dot.step
+        turns = -(-layer.segment // (dot.step * per_turn))
+        (rows, columns), (row_step, column_step) = layer.segments, layer.steps
         with source.loop("r", rows) as r, source.loop("s", columns) as s, source.loop("k", turns) as k:
-            segment = f"({r})*{columns} + {s}"
-            at = source.let(f"({segment})*{turns * vector} + ({k})*{vector}", "at")
-            weights = [self._weights(f"({number} + {n})*{block_bytes} + {at}") for n in range(self.panel)]
-            offset = source.let(
-                f"{base} + ({r})*{row_step} + ({s})*{column_step} + ({k})*{self.dot.step * per_turn}", "off"
-            )
+            at = source.let(f"(({r})*{columns} + {s})*{turns * vector} + ({k})*{vector}", "at")
+            size = rows * columns * turns * vector
+            weights = [self._weights(index, f"({number} + {n})*{size} + {at}") for n in range(self.panel)]
+            place = f"{base} + ({r})*{row_step} + ({s})*{column_step} + ({k})*{dot.step * per_turn}"
+            offset = source.let(place, "off")
             for turn in range(per_turn):
                 for i in range(self.pixels):
-                    pixel = i * layer.stride[1] * layer.view.buffer.pitch + turn * self.dot.step
-                    if self.pixels > 1 or turn:
-                        a = self.dot.activation(self.input, f"{offset} + {pixel}")
-                    else:
-                        a = self.dot.activation(self.input, offset)
-                    a = source.let(a, "x")
-                    for n in range(self.panel):
-                        for part in range(self.parts):
-                            slot = self._slot(i, n, part)
-                            added = self.dot.add(f"{acc}[{slot}]", a, weights[n][turn][part])
-                            source.line(f"{acc}[{slot}] = {added}")
+                    pixel = i * layer.stride[1] * layer.view.buffer.pitch + turn * dot.step
+                    a = source.let(dot.activation(self.pointers[index], f"{offset} + {pixel}"), "x")
+                    for slot in range(self.panel * parts):
+                        place = f"{acc}[{i * self.panel * parts + slot}]"
+                        source.line(f"{place} = {dot.add(place, a, weights[slot // parts][turn][slot % parts])}")
+        return acc
 
-    def _weights(self, offset: str) -> list[list[str]]:
+    def _weights(self, index: int, offset: str) -> list[list[str]]:
         """Weight vectors [turn][part] at an offset; two turns share the bytes of 4-bit weights."""
-        size, source = self.dot.lanes * self.dot.step, self.source
-        turns: list[list[str]] = [[], []] if self.four_bit else [[]]
-        for part in range(self.parts):
-            raw = source.let(f"{self.weights}[T.Ramp({offset} + {part * size}, 1, {size})]", "w")
-            if not self.four_bit:
+        dot, source, four_bit = self.dots[index], self.source, self.layers[index].bits <= 4
+        size = dot.lanes * dot.step
+        turns: list[list[str]] = [[], []] if four_bit else [[]]
+        for part in range(LANES // dot.lanes):
+            raw = source.let(f"{self.weights[index]}[T.Ramp({offset} + {part * size}, 1, {size})]", "w")
+            if not four_bit:
                 turns[0].append(raw)
                 continue
             four = f"T.Broadcast(T.int8(4), {size})"

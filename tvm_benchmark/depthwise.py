@@ -60,4 +60,4 @@ def _emit_lanes(source: Source, plan: Plan, step: Step, node: Node, target: Targ
                 offset = f"{at} + {i * dh * view.buffer.row + j * dw * view.buffer.pitch}"
                 value = f'T.cast({pointer}[T.Ramp({offset}, 1, {LANES})], "int32x16")'
                 total = source.let(f"{total} + {value} * {factor}")
-            epilogue.finish(Value(total), lambda view: view.at(n, h, w), start)
+            epilogue.finish({step.name: Value(total)}, lambda view: view.at(n, h, w), start)

@@ -229,20 +229,18 @@ class LaneFinish:
     """Registers back in natural order, then the body as everywhere; whole blocks of 16 channels only."""
 
     def __init__(self, kernel: ByteKernel, target: Target):
-        self.kernel = kernel
-        self.epilogues = [Epilogue(kernel.source, kernel.plan, kernel.step, target) for _ in range(QUADS)]
+        self.kernel, self.block = kernel, ""
+        self.epilogue = Epilogue(kernel.source, kernel.plan, kernel.step, target)
 
     def begin(self, block: str) -> None:
-        last = self.kernel.channels // LANES - QUADS
-        for i, epilogue in enumerate(self.epilogues):
-            epilogue.begin(f"T.min(({block})*{QUADS}, {last}) + {i}")
+        self.block = f"T.min(({block})*{QUADS}, {self.kernel.channels // LANES - QUADS})"
 
     def finish(self, totals: Sequence[str], at: Callable[[View], str], start: str) -> None:
-        source = self.kernel.source
-        for i, epilogue in enumerate(self.epilogues):
+        for i in range(QUADS):
+            self.epilogue.begin(f"{self.block} + {i}")
             lanes = [q * LANES + 4 * i + d for q in range(QUADS) for d in range(4)]
-            value = source.let(f"T.Shuffle([{', '.join(totals)}], {lanes})")
-            epilogue.finish(Value(value), at, f"{start} + {i * LANES}")
+            value = self.kernel.source.let(f"T.Shuffle([{', '.join(totals)}], {lanes})")
+            self.epilogue.finish({self.kernel.step.name: Value(value)}, at, f"{start} + {i * LANES}")
 
 
 class PackedFinish:
@@ -324,6 +322,8 @@ def is_packed(step: Step) -> bool:
     """Whether the body is one requantization to bytes, perhaps with a table on them."""
     ops = [node.op for node in step.body]
     if ops not in (["requantize"], ["requantize", "lookup"]) or step.writes != (step.body[-1].name,):
+        return False
+    if step.body[0].inputs != (step.name,) or any(node.inputs != (step.body[0].name,) for node in step.body[1:]):
         return False
     return all(node.type.bits <= 8 for node in step.body) and step.body[-1].arrays.get("table", np.zeros(1)).ndim == 1
 

@@ -1,7 +1,5 @@
 """Pointwise steps that stand alone: every operand is read from memory."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from tvm_benchmark.epilogue import Epilogue
@@ -41,14 +39,14 @@ def _is_flat(plan: Plan, step: Step) -> bool:
 
 def _emit_flat(source: Source, plan: Plan, step: Step, target: Target) -> None:
     total = plan.batch * int(np.prod(step.shape))
-    epilogue = Epilogue(source, plan, replace(step, shape=(total, 1, 1)), target)
+    epilogue = Epilogue(source, plan, step, target, total)
     count = blocks(total)
     with source.loop("chunk", -(-count // CHUNK), kind(total)) as chunk:
         extent = CHUNK if count % CHUNK == 0 else f"T.min({CHUNK}, {count} - ({chunk})*{CHUNK})"
         epilogue.begin("0")
         with source.loop("b", extent) as b:
             start = block_start(f"({chunk})*{CHUNK} + {b}", total)
-            epilogue.finish(None, lambda view: "0", source.let(start, "start"))
+            epilogue.finish({}, lambda view: "0", source.let(start, "start"))
 
 
 def _emit_rows(source: Source, plan: Plan, step: Step, target: Target) -> None:
@@ -61,4 +59,4 @@ def _emit_rows(source: Source, plan: Plan, step: Step, target: Target) -> None:
         epilogue.begin(b)
         start = block_start(b, channels)
         with source.loop("w", width) as w:
-            epilogue.finish(None, lambda view: view.at(n, h, w), start)
+            epilogue.finish({}, lambda view: view.at(n, h, w), start)

@@ -1,6 +1,6 @@
 """The body of a step: from a vector of the anchor's values to everything that the step stores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tvm_benchmark.isa import Target
@@ -16,30 +16,34 @@ FAR_BYTES = 256 << 10
 
 class Epilogue:
     """Emits a step's body.  ``begin`` loads the constants of one block of 16 channels, ``finish`` takes the anchor's
-    values of one pixel through the body and stores what later steps read."""
+    values of one pixel through the body and stores what later steps read.
 
-    def __init__(self, source: Source, plan: Plan, step: Step, target: Target):
+    row: the length of the run of elements that is cut into blocks, where it is not the channels of a pixel.
+    """
+
+    def __init__(self, source: Source, plan: Plan, step: Step, target: Target, row: int | None = None):
         self.source, self.plan, self.step = source, plan, step
-        self.lanes = min(step.shape[0], LANES)
+        channels = row or step.shape[0]
+        self.lanes = min(channels, LANES)
         self.pointers = {name: source.tensor(name, plan.views[name]) for name in (*step.reads, *step.writes)}
         types = plan.types
         self.nodes = [
-            PointwiseNode(source, node, [types[name] for name in node.inputs], step.shape[0], target)
-            for node in step.body
+            PointwiseNode(source, node, [types[name] for name in node.inputs], channels, target) for node in step.body
         ]
         self.loaded: list[Apply] = []
 
-    def begin(self, block: str) -> None:
-        """Load the constants of a block of channels (an expression)."""
+    def begin(self, block: str) -> list[Apply]:
+        """Load the constants of a block of channels (an expression), for the next ``finish`` and as its result."""
         self.loaded = [node.load(block) for node in self.nodes]
+        return self.loaded
 
-    def finish(self, value: Value | None, at: At, channel: str) -> None:
+    def finish(self, anchors: Mapping[str, Value], at: At, channel: str) -> None:
         """Emit the body for 16 channels of a pixel and store its results.
 
-        value: the anchor's values (None where there is no anchor).  at: element offset of the pixel's channel 0 in a
-        view.  channel: expression of the first of the 16 channels.
+        anchors: what the step's anchors computed, by name.  at: element offset of the pixel's channel 0 in a view.
+        channel: expression of the first of the 16 channels.
         """
-        values: dict[str, Value] = {} if value is None else {self.step.name: value}
+        values = dict(anchors)
         for node, function in zip(self.step.body, self.loaded, strict=True):
             for name in node.inputs:
                 if name not in values:

@@ -16,6 +16,7 @@ from tvm_benchmark.isa import Target
 from tvm_benchmark.layout import ALIGNMENT, ITEM_BYTES, NO_HALO, Buffer
 from tvm_benchmark.memory import Lifetime, assign_offsets
 from tvm_benchmark.plan import Plan, Step
+from tvm_benchmark.script import parse
 from tvm_benchmark.source import Param, Source
 
 Emit = Callable[[Plan, Step, Target], Source]
@@ -191,15 +192,16 @@ def _lifetime(plan: Plan, buffer: Buffer, keep: bool) -> Lifetime:
 
 def _record(plan: Plan, step: Step, kernel: str, constant_bytes: int) -> dict[str, Any]:
     _, h, w = step.shape
-    weight = step.anchor.arrays.get("weight") if step.anchor else None
-    macs = 0 if weight is None else h * w * int(weight.size)
+    layers = [node for node in step.anchors if "weight" in node.arrays]
+    macs = sum(h * w * int(node.arrays["weight"].size) for node in layers)
     size = lambda name: int(np.prod(plan.types[name].shape)) * ITEM_BYTES[plan.views[name].storage.dtype]  # noqa: E731
     return {
         "name": step.name,
         "kind": step.kind,
         "kernel": kernel,
         "macs": macs,
-        "weight_bits": step.anchor.attrs["weight_bits"] if weight is not None and step.anchor else 0,
+        "layers": [node.name for node in layers],
+        "weight_bits": max((node.attrs["weight_bits"] for node in layers), default=0),
         "weight_bytes": constant_bytes,
         "input_bytes": sum(size(name) for name in (*step.inputs, *step.reads)),
         "output_bytes": sum(size(name) for name in step.writes),
@@ -226,8 +228,6 @@ def build(lowered: Lowered, target: Target) -> Any:
 def compile_text(module: str, target: Target) -> Any:
     """Compile TVMScript for a target.  Returns TVM's executable."""
     import tvm
-    from tvm.script import ir, tirx
 
-    parsed = tvm.script.from_source(module, extra_vars={"T": tirx, "I": ir})
     with tvm.transform.PassContext(config=PASS_CONFIG):
-        return tvm.compile(parsed, target=tvm.target.Target(target.llvm()))
+        return tvm.compile(parse(module), target=tvm.target.Target(target.llvm()))

@@ -46,7 +46,7 @@ def _gather(move: _Move) -> None:
     index = move.node.arrays["index"].astype(np.int64)
     half = len(index) // 2
     interleaved = len(index) % 2 == 0 and np.array_equal(index, np.arange(len(index)).reshape(2, half).T.ravel())
-    runs = _runs(index)
+    runs = channel_runs(index)
     table = ""
     if not interleaved and len(runs) > RUNS:
         table = move.source.constant(index.astype(np.int32))
@@ -65,7 +65,7 @@ def _gather(move: _Move) -> None:
                     move.copy(f"{to} + {first}", f"{origin} + {channel}", count)
 
 
-def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
+def channel_runs(index: np.ndarray) -> list[tuple[int, int, int]]:
     """(first channel of the result, first channel of the input or -1, channels) of every run of neighbours."""
     follows = (np.diff(index) == 1) & (index[:-1] >= 0) | (index[1:] == -1) & (index[:-1] == -1)
     starts = [0, *(np.flatnonzero(~follows) + 1).tolist()]

@@ -16,6 +16,7 @@ from utils.integer_graph.ir import Graph, Node, TensorType
 from utils.integer_graph.type_rules import clamped
 
 POINTWISE = ("requantize", "add", "mul", "clip", "lookup", "logits")
+MERGED = "merged"  # kind of a step that another one computes
 MOVEMENT = ("gather", "pad2d", "upsample", "reshape")
 
 
@@ -25,7 +26,8 @@ class Step:
 
     kind: row of the lowering table.  anchor: the node it is named after (None: a pointwise step).  inputs: tensors
     that the anchor reads.  body: pointwise nodes on the anchor's values, in order.  shape: (C, H, W) of all its
-    results.  reads: further tensors that the body loads.  writes: tensors that are stored.
+    results.  reads: further tensors that the body loads.  writes: tensors that are stored.  second: another
+    convolution whose accumulators the body reads as well (a shortcut that is added), inputs[1] is its input.
     """
 
     kind: str
@@ -35,10 +37,15 @@ class Step:
     body: list[Node] = field(default_factory=list)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    second: Node | None = None
 
     @property
     def name(self) -> str:
         return self.anchor.name if self.anchor else self.body[0].name
+
+    @property
+    def anchors(self) -> tuple[Node, ...]:
+        return tuple(node for node in (self.anchor, self.second) if node)
 
 
 @dataclass
@@ -63,6 +70,7 @@ class _Planner:
     def __init__(self, graph: Graph, batch: int):
         self.graph, self.batch = graph, batch
         self.types = {node.name: node.type for node in graph.nodes}
+        self.readers = graph.consumers()
         self.steps: list[Step] = []
         self.made_in: dict[str, int] = {}
         self.alias: dict[str, str] = {}  # a reshape of one pixel is the tensor itself
@@ -71,6 +79,7 @@ class _Planner:
     def plan(self) -> Plan:
         for node in self.graph.nodes:
             self._place(self._resolved(node))
+        self.steps = [step for step in self.steps if step.kind != MERGED]
         self._find_transfers()
         views = self._views()
         return Plan(self.batch, self.steps, views, self.types, self.graph.nodes[-1].name)
@@ -112,10 +121,24 @@ class _Planner:
         fusable = step.kind not in ("movement", "image", "quantize") and step.shape == shape
         values = {step.name, *(n.name for n in step.body)}
         if fusable and any(name in values and shape3(self.types[name]) == shape for name in node.inputs):
+            self._merge_shortcut(step, node)
             step.body.append(node)
             self.made_in[node.name] = latest
         else:
             self._new_step(Step("pointwise", None, (), shape, [node]))
+
+    def _merge_shortcut(self, step: Step, node: Node) -> None:
+        """Compute an earlier convolution in this step too, where only ``node`` of this step's body reads it: its
+        accumulators are then never stored."""
+        if step.second or step.body or not _is_dense(step):
+            return
+        for name in node.inputs:
+            other = self.steps[self.made_in[name]]
+            if other is not step and other.name == name and _is_dense(other) and not other.body:
+                if len(self.readers[name]) == 1 and other.kind == "conv":
+                    step.second, step.inputs = other.anchor, (*step.inputs, *other.inputs)
+                    other.kind = MERGED
+                    return
 
     def _concat(self, node: Node) -> None:
         first, last = 0, 0
@@ -138,7 +161,7 @@ class _Planner:
         """Fill in what every step loads and stores."""
         wanted: set[str] = {self.graph.nodes[-1].name}
         for step in self.steps:
-            own = {step.name, *(node.name for node in step.body)}
+            own = {node.name for node in (*step.anchors, *step.body)}
             outside = [name for node in step.body for name in node.inputs if name not in own]
             step.reads = tuple(dict.fromkeys(outside))
             wanted.update(step.reads, step.inputs)
@@ -167,12 +190,19 @@ class _Planner:
     def _halos(self) -> dict[str, tuple[int, int, int, int]]:
         halos: dict[str, tuple[int, int, int, int]] = {}
         for step in self.steps:
-            if step.kind in ("conv", "depthwise") and step.anchor is not None and step.anchor.op == "conv2d":
-                holder = self._holder(step.inputs[0])
-                old, pads = halos.get(holder, NO_HALO), step.anchor.attrs["padding"]
+            for node, name in zip(step.anchors, step.inputs, strict=False):
+                if node.op != "conv2d":
+                    continue
+                holder = self._holder(name)
+                old, pads = halos.get(holder, NO_HALO), node.attrs["padding"]
                 top, bottom, left, right = (max(a, b) for a, b in zip(old, pads, strict=True))
                 halos[holder] = (top, bottom, left, right)
         return halos
+
+
+def _is_dense(step: Step) -> bool:
+    """Whether a step is a convolution without groups."""
+    return step.kind == "conv" and step.anchor is not None and step.anchor.attrs.get("groups", 1) == 1
 
 
 def _is_range(index: np.ndarray) -> bool:

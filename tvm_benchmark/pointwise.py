@@ -388,7 +388,7 @@ def store(source: Source, pointer: str, storage: Storage, offset: str, x: Value,
     if lanes == LANES:
         source.line(f"{pointer}[T.Ramp({offset}, 1, {LANES})] = {text}")
         return
-    whole, done = source.let(text), 0
+    whole, done = text if storage.dtype == "float32" else source.let(text), 0  # no names for floats: see logits
     for size in (8, 4, 2, 1):
         if lanes & size:
             part = f"T.Shuffle([{whole}], {list(range(done, done + size))})"

@@ -56,7 +56,7 @@ def emit_avg_pool(plan: Plan, step: Step, target: Target) -> Source:
                 epilogue.begin(f"({group})*{together} + {i}")
                 value = apply(Value(source.let(slot)))
                 value = clamp(source, value, (rescale.lo, rescale.hi), node.attrs["lo"], node.attrs["hi"])
-                epilogue.finish(value, lambda view: view.at(n, h, w), start)
+                epilogue.finish({step.name: value}, lambda view: view.at(n, h, w), start)
     return source
 
 
@@ -158,4 +158,4 @@ def _max_lanes(source: Source, plan: Plan, step: Step, target: Target) -> None:
                 taps = _window(source, node, view, n, h, w, rows)
                 most = _greatest(source, pointer, taps, start, LANES)
                 text = f'T.cast({most}, "int32x16") - {splat(view.storage.zero)}'
-                epilogue.finish(Value(source.let(text)), lambda view: view.at(n, h, w), start)
+                epilogue.finish({step.name: Value(source.let(text))}, lambda view: view.at(n, h, w), start)

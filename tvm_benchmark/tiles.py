@@ -7,20 +7,22 @@ as many cycles as its tile of pixels has rows, so rows are never padded.
 Source: Intel Architecture Instruction Set Extensions Programming Reference, chapter 3 (TILELOADD, TDPBUSD).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from tvm_benchmark.dense import PREFETCH_FROM, TILE_BYTES, Kernel, Site, Tiling, Units, block_bias, pack_weights
+from tvm_benchmark.dense import PREFETCH_FROM, TILE_BYTES, Kernel, Layer, Site, Tiling, Units, block_bias, pack_weights
 from tvm_benchmark.isa import Target
 from tvm_benchmark.plan import Plan, Step
-from tvm_benchmark.pointwise import LANES
+from tvm_benchmark.pointwise import LANES, Apply
 from tvm_benchmark.source import Source
 
 ACCUMULATORS, REGISTERS = 4, 8
 STEP = LANES * TILE_BYTES  # bytes of one tile of weights
 MAX_ROWS = 16
-MIN_PART = 7  # pixels that are finished together, at least
+Constants = tuple[str, list[Apply]]
 
 
 def tile_config(rows: int, weights: list[int]) -> np.ndarray:
@@ -33,24 +35,64 @@ def tile_config(rows: int, weights: list[int]) -> np.ndarray:
     return config
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """One layer of a kernel on tiles: pointers to its pixels, weights and bias, and how long its sums are.
+
+    turns: steps of one segment.  steps: steps of the whole reduction.  block_bytes: weights of one block.
+    """
+
+    layer: Layer
+    pixels: str
+    weights: str
+    bias: str
+    turns: int
+    steps: int
+
+    @property
+    def block_bytes(self) -> int:
+        return self.steps * STEP
+
+    @property
+    def four_bit(self) -> bool:
+        return self.layer.bits <= 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of a job: first block of its panel, as is and as packed, and the sites of its tiles."""
+
+    first: str
+    number: str
+    block: str
+    sites: tuple[Site, ...]
+
+
 class TileKernel(Kernel):
-    """Accumulators in tile registers: ``tiles`` tiles of pixels x ``panel`` blocks of outputs, at most four."""
+    """Accumulators in tile registers: ``tiles`` tiles of pixels x ``panel`` blocks of outputs, at most four.
+
+    A job is a pipeline: while the tiles of one unit are multiplied, the unit before is finished in vector registers,
+    from the other half of a scratch array, a few pixels after every step of the reduction.  Longer runs of tile
+    instructions would fill the processor's queues and stop the vector instructions behind them.
+    """
 
     def __init__(self, plan: Plan, step: Step, target: Target, tiling: Tiling):
         super().__init__(plan, step, target, tiling)
         assert self.tiles * self.panel <= ACCUMULATORS
         assert self.pixels <= MAX_ROWS
-        self.four_bit = self.layer.bits <= 4
-        if self.four_bit:
+        if any(layer.bits <= 4 for layer in self.layers):
             self.order = "panels"  # a panel is unpacked once
-        packed = pack_weights(self.layer, 4, TILE_BYTES, self.four_bit)
-        self.turns = -(-self.layer.segment // TILE_BYTES)
-        rows, columns = self.layer.segments
-        self.steps = rows * columns * self.turns
-        self.block_bytes = self.steps * STEP
-        self.weights = self.source.constant(packed)
-        self.bias = self.source.constant(block_bias(self.layer))
+        self.reductions = [self._reduction(index, layer) for index, layer in enumerate(self.layers)]
         self.config = self.source.constant(tile_config(self.pixels, self._weight_registers()))
+        self.scratch = ""
+        self.unpacked: list[str] = []
+
+    def _reduction(self, index: int, layer: Layer) -> Reduction:
+        weights = self.source.constant(pack_weights(layer, 4, TILE_BYTES, layer.bits <= 4))
+        bias = self.source.constant(block_bias(layer))
+        turns = -(-layer.segment // TILE_BYTES)
+        rows, columns = layer.segments
+        return Reduction(layer, self.pointers[index], weights, bias, turns, rows * columns * turns)
 
     def _pixel_registers(self) -> list[int]:
         return [4, 5][: self.tiles] if self.tiles <= 2 else [4, 5, 6]
@@ -72,136 +114,160 @@ class TileKernel(Kernel):
         self._call("ldtilecfg", f"T.address_of({self.config}[0])")
 
     def _run(self, units: Units) -> None:
-        """All units of a job, as a pipeline: while tiles are multiplied, the unit before is finished in vector
-        registers, part by part, from the other half of the scratch array."""
+        """All units of a job: the first is only multiplied, the last only finished at the end."""
+        source, count = self.source, units.count
+        self.unpacked = [self._unpack(r, units.panel) if r.four_bit and units.panel else "" for r in self.reductions]
+        self.scratch = source.local(2 * len(self.layers) * self.unit_vectors, f"int32x{LANES}", "scratch")
+        self._multiply_unit(units, "0", None)
+        if count != 1:
+            turns = count - 1 if isinstance(count, int) else f"{count} - 1"
+            with source.loop("u", turns) as u:
+                self._multiply_unit(units, f"({u} + 1)", u)
+        last = str(count - 1) if isinstance(count, int) else source.let(f"{count} - 1", "last")
+        unit = self._unit(units, last)
+        with source.loop("x", self.tiles * self.pixels) as x:
+            self._finish(units.group, unit, self._half(last), x, self._constants(units.group, unit))
+
+    def _unit(self, units: Units, unit: str) -> Unit:
+        first, block = units.locate(unit)
+        block = self.source.let(block, "blk")
+        sites = tuple(self.walk.site(self.source, self.tile_of(block, m)) for m in range(self.tiles))
+        return Unit(first, self.number(units.group, first), block, sites)
+
+    def _half(self, unit: str) -> str:
+        """First vector of the half of the scratch array that belongs to a unit."""
+        return self.source.let(f"T.bitwise_and({unit}, 1)*{len(self.layers) * self.unit_vectors}", "half")
+
+    def _constants(self, group: str, unit: Unit) -> list[Constants]:
+        """First channel and loaded constants of every block of a unit's panel."""
+        found = []
+        for j in range(self.panel):
+            number, channel = self.channel(group, f"{unit.first} + {j}")
+            found.append((self.source.let(channel, "ch"), self.epilogue.begin(number)))
+        return found
+
+    def _multiply_unit(self, units: Units, index: str, before: str | None) -> None:
+        """Multiply one unit and finish the one before it, where there is one, in between."""
+        source, unit = self.source, self._unit(units, index)
+        half = self._half(index)
+        finish: Callable[[str, int], None] = lambda x, count: None  # noqa: E731
+        if before is not None:
+            old, old_half = self._unit(units, before), self._half(before)
+            constants = self._constants(units.group, old)
+
+            def finish(start: str, count: int) -> None:
+                with source.loop("x", count) as x:
+                    self._finish(units.group, old, old_half, f"({start} + {x})", constants, unit)
+
+        share = Share(self.tiles * self.pixels, sum(r.steps for r in self.reductions))
+        done = 0
+        for number, reduction in enumerate(self.reductions):
+            for m in range(self.tiles):
+                for n in range(self.panel):
+                    self._load(m * self.panel + n, f"{reduction.bias}[({unit.number} + {n})*{LANES}]", "0")
+            bases = [self.input_offset(reduction.layer, units.group, site) for site in unit.sites]
+            busy = min(reduction.steps, (share.pixels - done) // share.each) if before is not None else 0
+            for start, steps, each in ((0, busy, share.each), (busy, reduction.steps - busy, 0)):
+                if not steps:
+                    continue
+                with source.loop("k", steps) as k:
+                    self._step(reduction, unit, bases, f"{k} + {start}" if start else k)
+                    if each:
+                        finish(f"{done} + ({k})*{each}", each)
+            done += busy * share.each
+            self._store(f"{half} + {number * self.unit_vectors}")
+        if done < share.pixels:
+            finish(str(done), share.pixels - done)
+
+    def _finish(
+        self, group: str, unit: Unit, half: str, x: str, constants: "list[Constants]", following: Unit | None = None
+    ) -> None:
+        """Take pixel x of a unit through the epilogue, and ask for what the same pixel of the next will touch."""
         source = self.source
-        unpacked = self._unpack(units.panel) if self.four_bit and units.panel else ""
-        scratch = source.local(2 * self.unit_vectors, f"int32x{LANES}", "scratch")
-        count = units.count
-        with source.loop("u", count + 1 if isinstance(count, int) else f"{count} + 1") as u:
-            first, block = units.locate(f"T.min({u}, {count} - 1)")
-            bases = [self.input_offset(units.group, self._site(block, m)) for m in range(self.tiles)]
-            number = self._number(units.group, first)
-            before, last_block = units.locate(f"T.max({u} - 1, 0)")
-            with source.block(f"if {u} < {count}:"):
-                for m in range(self.tiles):
-                    for n in range(self.panel):
-                        self._load(m * self.panel + n, f"{self.bias}[({number} + {n})*{LANES}]", "0")
-            with source.loop("part", self.tiles * self.parts) as part:
-                with source.block(f"if {u} < {count}:"):
-                    self._reduce(bases, number, block, part, unpacked)
-                    if self.epilogue.far():
-                        self._fetch(units.group, first, block, part)
-                with source.block(f"if {u} > 0:"):
-                    self._finish(units.group, before, last_block, part, f"{scratch}[T.bitwise_and({u} + 1, 1)")
-            with source.block(f"if {u} < {count}:"):
-                self._store(f"{scratch}[T.bitwise_and({u}, 1)*{self.unit_vectors}")
+        tile = source.let(f"T.truncdiv({x}, {self.pixels})", "m")
+        i = source.let(f"T.truncmod({x}, {self.pixels})", "i") if self.tiles > 1 else x
+        site = self.walk.site(source, self.tile_of(unit.block, tile))
+        for j, (channel, loaded) in enumerate(constants):
+            self.epilogue.loaded = loaded
+            at = f"{half} + ({x})*{self.panel} + {j}"
+            vectors = [f"{self.scratch}[{at} + {r * self.unit_vectors}]" for r in range(len(self.layers))]
+            self.finish_pixel(vectors, site, i, channel)
+        if following and self.epilogue.far():
+            site = self.walk.site(source, self.tile_of(following.block, tile))
+            _, channel = self.channel(group, following.first)
+            with self.walk.pixel(source, site, i) as pixel:
+                self.epilogue.fetch(partial(self.walk.at, site=pixel), channel, self.panel * LANES)
 
-    @property
-    def parts(self) -> int:
-        """Pieces into which the finishing of one tile is cut: as many as there are steps to hide it behind."""
-        steps = -(-self.steps // self.tiles)
-        return max(
-            p
-            for p in range(1, self.pixels + 1)
-            if self.pixels % p == 0 and (p == 1 or p <= steps) and (p == 1 or self.pixels // p >= MIN_PART)
-        )
-
-    def _site(self, block: str, tile: int | str) -> Site:
-        return self.walk.site(self.source, self.tile_of(block, tile))
-
-    def _number(self, group: str, block: str) -> str:
-        """Number of a block among the blocks of all groups."""
-        return self.channel(group, block)[0] if self.layer.groups > 1 else block
-
-    def _unpack(self, panel: str) -> str:
+    def _unpack(self, reduction: Reduction, panel: str) -> str:
         """Unpack a panel of 4-bit weights into the cache: tiles are loaded from memory only."""
-        source, four = self.source, "T.Broadcast(T.int8(4), 64)"
-        unpacked = source.local(self.panel * self.block_bytes // 64, "int8x64", "unpacked")
-        with source.loop("u", self.panel * self.block_bytes // 128) as u:
-            raw = source.let(f"{self.weights}[T.Ramp(({panel})*{self.block_bytes // 2} + ({u})*64, 1, 64)]", "raw")
+        source, four, size = self.source, "T.Broadcast(T.int8(4), 64)", reduction.block_bytes
+        unpacked = source.local(self.panel * size // 64, "int8x64", "unpacked")
+        with source.loop("u", self.panel * size // 128) as u:
+            raw = source.let(f"{reduction.weights}[T.Ramp(({panel})*{size // 2} + ({u})*64, 1, 64)]", "raw")
             source.line(f"{unpacked}[({u})*2] = T.shift_right(T.shift_left({raw}, {four}), {four})")
             source.line(f"{unpacked}[({u})*2 + 1] = T.shift_right({raw}, {four})")
         return unpacked
 
-    def _part_site(self, block: str, part: str) -> Site:
-        """Site of the first pixel of a part of a unit."""
-        tile = part if self.parts == 1 else self.source.let(f"T.truncdiv({part}, {self.parts})", "m")
-        n, h, w = self._site(block, tile)
-        if self.parts > 1:
-            w = self.source.let(f"{w} + T.truncmod({part}, {self.parts})*{self.pixels // self.parts}", "w")
-        return n, h, w
-
-    def _finish(self, group: str, first: str, block: str, part: str, scratch: str) -> None:
-        """Take one part of a unit through the epilogue."""
-        pixels = self.pixels // self.parts
-        at = f"{scratch}*{self.unit_vectors} + ({part})*{pixels * self.panel}"
-        self.emit_epilogue(group, first, self._part_site(block, part), at, pixels)
-
-    def _fetch(self, group: str, first: str, block: str, part: str) -> None:
-        """Ask for what the part will read and write when it is finished, one unit later."""
-        site = self._part_site(block, part)
-        _, channel = self.channel(group, first)
-        source = self.source
-        with source.loop("i", self.pixels // self.parts) as i, self.walk.pixel(source, site, i) as pixel:
-            self.epilogue.fetch(partial(self.walk.at, site=pixel), channel, self.panel * LANES)
-
-    def _store(self, scratch: str) -> None:
+    def _store(self, start: str) -> None:
         for m in range(self.tiles):
             for n in range(self.panel):
-                address = f"T.address_of({scratch} + {m * self.pixels * self.panel + n}])"
+                address = f"T.address_of({self.scratch}[{start} + {m * self.pixels * self.panel + n}])"
                 stride = f"T.int64({self.panel * LANES * 4})"
                 self._call("tilestored64", f"T.int8({m * self.panel + n})", address, stride)
 
-    def _reduce(self, bases: list[str], number: str, block: str, part: str, unpacked: str) -> None:
-        """One part of the reduction: its share of the steps."""
-        source, parts = self.source, self.tiles * self.parts
-        rows, columns = self.layer.segments
-        row_step, column_step = self.layer.steps
-        ahead = self._lines_ahead()
-        begin = source.let(f"T.truncdiv(({part})*{self.steps}, {parts})", "begin")
-        extent = f"T.truncdiv(({part} + 1)*{self.steps}, {parts}) - {begin}"
-        with source.loop("k", extent if parts > 1 else self.steps) as k:
-            step = source.let(f"{begin} + {k}", "step")
-            terms = [f"T.truncmod({step}, {self.turns})*{TILE_BYTES}"]
-            segment = f"T.truncdiv({step}, {self.turns})"
-            if columns > 1:
-                terms.append(f"T.truncmod({segment}, {columns})*{column_step}")
-                segment = f"T.truncdiv({segment}, {columns})"
-            if rows > 1:
-                terms.append(f"{segment}*{row_step}")
-            offset = source.let(" + ".join(terms), "off")
-            for line in range(ahead):
-                self._prefetch(number, block, step, line, ahead)
-            self._multiply(bases, number, step, offset, unpacked)
-
-    def _multiply(self, bases: list[str], number: str, step: str, offset: str, unpacked: str) -> None:
-        """One step of the reduction for all accumulators."""
-        stride = str(self.layer.stride[1] * self.layer.view.buffer.pitch)
+    def _step(self, reduction: Reduction, unit: Unit, bases: list[str], step: str) -> None:
+        """One step of a reduction for all accumulators."""
+        layer, (rows, columns) = reduction.layer, reduction.layer.segments
+        step = self.source.let(step, "step")
+        terms = [f"T.truncmod({step}, {reduction.turns})*{TILE_BYTES}"]
+        segment = f"T.truncdiv({step}, {reduction.turns})"
+        if columns > 1:
+            terms.append(f"T.truncmod({segment}, {columns})*{layer.steps[1]}")
+            segment = f"T.truncdiv({segment}, {columns})"
+        if rows > 1:
+            terms.append(f"{segment}*{layer.steps[0]}")
+        offset = self.source.let(" + ".join(terms), "off")
+        self._prefetch(reduction, unit, step)
+        stride = str(layer.stride[1] * layer.view.buffer.pitch)
         pixel, weight = self._pixel_registers(), self._weight_registers()
         for n in range(self.panel):
             w = weight[n % len(weight)]
-            if self.four_bit:
-                self._load(w, f"{unpacked}[{n * self.block_bytes // 64} + {step}*{STEP // 64}]", str(TILE_BYTES))
-            else:
-                at = f"({number} + {n})*{self.block_bytes} + {step}*{STEP}"
-                self._load(w, f"{self.weights}[{at}]", str(TILE_BYTES))
+            self._load(w, self._weight_address(reduction, unit, n, step), str(TILE_BYTES))
             for m in range(self.tiles):
                 a = pixel[m % len(pixel)]
                 if n == 0:
-                    self._load(a, f"{self.input}[{bases[m]} + {offset}]", stride)
+                    self._load(a, f"{reduction.pixels}[{bases[m]} + {offset}]", stride)
                 self._call("tdpbusd", f"T.int8({m * self.panel + n})", f"T.int8({a})", f"T.int8({w})")
 
-    def _lines_ahead(self) -> int:
-        """Cache lines of the next panel to fetch in each step, spread over all steps of this panel."""
-        panel_bytes = self.panel * self.block_bytes
-        whole = self.layer.groups * self.blocks * self.block_bytes
-        if self.four_bit or self.order != "panels" or whole < PREFETCH_FROM or self.pixel_blocks == 1:
-            return 0
-        return -(-panel_bytes // (64 * self.steps * self.pixel_blocks))
+    def _weight_address(self, reduction: Reduction, unit: Unit, n: int, step: str) -> str:
+        if reduction.four_bit:
+            unpacked = self.unpacked[next(i for i, r in enumerate(self.reductions) if r is reduction)]
+            return f"{unpacked}[{n * reduction.block_bytes // 64} + {step}*{STEP // 64}]"
+        return f"{reduction.weights}[({unit.number} + {n})*{reduction.block_bytes} + {step}*{STEP}]"
 
-    def _prefetch(self, number: str, block: str, step: str, line: int, ahead: int) -> None:
-        per_block = -(-self.panel * self.block_bytes // self.pixel_blocks)
-        at = f"({number} + {self.panel})*{self.block_bytes} + ({block})*{per_block} + {step}*{ahead * 64} + {line * 64}"
-        arguments = f"T.address_of({self.weights}[{at}]), T.int32(0), T.int32(2), T.int32(1)"
-        self.source.evaluate(f'T.call_llvm_intrin("void", "llvm.prefetch.p0", {arguments})')
+    def _prefetch(self, reduction: Reduction, unit: Unit, step: str) -> None:
+        """Ask for this step's share of the next panel's weights, spread over all units of this panel."""
+        size = reduction.block_bytes
+        whole = self.groups * self.blocks * size
+        if reduction.four_bit or self.order != "panels" or whole < PREFETCH_FROM or self.pixel_blocks == 1:
+            return
+        per_unit = -(-self.panel * size // self.pixel_blocks)
+        lines = -(-per_unit // (64 * reduction.steps))
+        for line in range(lines):
+            at = (
+                f"({unit.number} + {self.panel})*{size} + ({unit.block})*{per_unit} + {step}*{lines * 64} + {line * 64}"
+            )
+            arguments = f"T.address_of({reduction.weights}[{at}]), T.int32(0), T.int32(2), T.int32(1)"
+            self.source.evaluate(f'T.call_llvm_intrin("void", "llvm.prefetch.p0", {arguments})')
+
+
+@dataclass(frozen=True)
+class Share:
+    """Pixels of a unit to be finished during the steps of the next one: ``each`` after every step."""
+
+    pixels: int
+    steps: int
+
+    @property
+    def each(self) -> int:
+        return max(1, (self.pixels - self.pixels // 4) // self.steps)

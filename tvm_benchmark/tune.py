@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tvm_benchmark.convolution import FEW_PIXELS, default_tiling, emit_with
-from tvm_benchmark.dense import Tiling, layer_of, walks_of
+from tvm_benchmark.dense import Tiling, layers_of, walks_of
 from tvm_benchmark.isa import Target, cpu_name
 from tvm_benchmark.lowering import SLACK, Arena, compile_text, module_text
 from tvm_benchmark.plan import Plan, Step
@@ -34,11 +34,11 @@ GENERATORS = ("dense", "tiles", "epilogue", "pointwise", "layout", "plan", "sour
 
 def candidates(plan: Plan, step: Step, target: Target) -> list[Tiling]:
     """Tilings worth trying for a layer, the default first; at most 50, none twice."""
-    layer = layer_of(plan, step)
+    layers = layers_of(plan, step)
     first = default_tiling(plan, step, target)
-    if layer.view.storage.dtype != "uint8":
+    if any(layer.view.storage.dtype != "uint8" for layer in layers):
         return [first]
-    walks = list(walks_of(plan, step, layer, 16))
+    walks = list(walks_of(plan, step, layers, 16))
     found = [first]
     if target.amx:
         shapes = ((2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (3, 1), (1, 3), (1, 1))
@@ -115,12 +115,10 @@ def _read(path: Path) -> Tiling | None:
 def layer_key(plan: Plan, step: Step, target: Target) -> str:
     """Hash of everything that the best tiling may depend on."""
     assert step.anchor is not None
-    layer = layer_of(plan, step)
+    layers = layers_of(plan, step)
     views = [plan.views[name] for name in (*step.inputs, *step.reads, *step.writes)]
     what = {
-        "weight": list(layer.weight.shape),
-        "groups": layer.groups,
-        "geometry": [layer.stride, layer.dilation, layer.padding, layer.bits <= 4],
+        "layers": [[x.weight.shape, x.groups, x.stride, x.dilation, x.padding, x.bits <= 4] for x in layers],
         "batch": plan.batch,
         "views": [[v.buffer.shape, v.buffer.halo, v.buffer.storage.dtype, v.first, v.channels] for v in views],
         "body": [node.op for node in step.body],

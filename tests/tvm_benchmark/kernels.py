@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tvm_benchmark.isa import TARGETS, Target, runs_here
-from tvm_benchmark.lowering import build, lower
+from tvm_benchmark.lowering import Emit, build, lower
 from tvm_benchmark.plan import make_plan
 from utils.integer_graph import interpreter
 from utils.integer_graph.ir import Graph, Node
@@ -72,15 +72,17 @@ def finished(nodes: Sequence[Node], last: Node | None = None) -> Graph:
     return graph
 
 
-def check(graph: Graph, target: Target, *, batch: int = 1, seed: int = 0) -> list[str]:
-    """Compile, run, compare every stored tensor.  Returns the kinds of the steps."""
+def check(
+    graph: Graph, target: Target, *, batch: int = 1, seed: int = 0, emit_conv: Emit | None = None
+) -> list[str]:
+    """Compile (dense layers with ``emit_conv``), run, compare every stored tensor.  Returns the kinds of the steps."""
     import tvm
 
     first, rng = graph.nodes[0], np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (batch, *first.type.shape)).astype(np.uint8)
     images = pixels if first.op == "image" else (pixels.astype(np.float32) - 128) * np.float32(0.02)
     plan = make_plan(graph, batch)
-    lowered = lower(plan, target, keep=True)
+    lowered = lower(plan, target, emit_conv=emit_conv, keep=True)
     space = tvm.runtime.tensor(rng.integers(0, 256, lowered.space_bytes).astype(np.uint8))
     build(lowered, target)["main"](space, tvm.runtime.tensor(lowered.weights), tvm.runtime.tensor(images.ravel()))
     expected = interpreter.run(graph, images, keep=True)
