@@ -1,10 +1,13 @@
 """Chooses the kernel and the tiling of a dense layer."""
 
-from tvm_benchmark.dense import Kernel, RegisterKernel, Tiling, layers_of, walks_of
+from tvm_benchmark.dense import Kernel, Tiling
 from tvm_benchmark.isa import Target
+from tvm_benchmark.layers import layers_of
 from tvm_benchmark.plan import Plan, Step
+from tvm_benchmark.registers import RegisterKernel
 from tvm_benchmark.source import Source
 from tvm_benchmark.tiles import MAX_ROWS, TileKernel
+from tvm_benchmark.walks import walks_of
 
 FEW_PIXELS = 5  # below, a tile of weights costs more than the vector instructions it saves
 NEAR_BYTES = 256 << 10  # weights that stay in the second-level cache beside the pixels

@@ -44,17 +44,16 @@ def emit(plan: Plan, step: Step, target: Target) -> Source:
 
 def _gather(move: _Move) -> None:
     index = move.node.arrays["index"].astype(np.int64)
-    half = len(index) // 2
-    interleaved = len(index) % 2 == 0 and np.array_equal(index, np.arange(len(index)).reshape(2, half).T.ravel())
+    alternate = alternating(index)
     runs = channel_runs(index)
     table = ""
-    if not interleaved and len(runs) > RUNS:
+    if not alternate and len(runs) > RUNS:
         table = move.source.constant(index.astype(np.int32))
     channels, height, width = move.shape
     with image_rows(move.source, move.batch, height, move.elements) as (n, h), move.source.loop("w", width) as w:
         to, origin = (move.source.let(view.at(n, h, w), "at") for view in (move.result, move.view))
-        if interleaved:
-            _interleave(move, to, origin, half)
+        if alternate:
+            _interleave(move, to, origin, alternate)
         elif table:
             _one_by_one(move, to, origin, table, channels, bool(index.min() < 0))
         else:
@@ -73,12 +72,23 @@ def channel_runs(index: np.ndarray) -> list[tuple[int, int, int]]:
     return [(start, int(index[start]), end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def _interleave(move: _Move, to: str, origin: str, half: int) -> None:
-    """Channel i of the first half, channel i of the second half, ..."""
-    lanes = widest(half, BYTES // move.bytes // 2)
+def alternating(index: np.ndarray) -> tuple[int, int, int] | None:
+    """(a, b, n) where the index is a, b, a + 1, b + 1, ... a + n - 1, b + n - 1: the shuffle of two groups, or a part
+    of it."""
+    if len(index) < 4 or len(index) % 2 or index.min() < 0:
+        return None
+    pairs = index.reshape(-1, 2)
+    follows = (np.diff(pairs, axis=0) == 1).all()
+    return (int(pairs[0, 0]), int(pairs[0, 1]), len(pairs)) if follows else None
+
+
+def _interleave(move: _Move, to: str, origin: str, alternate: tuple[int, int, int]) -> None:
+    """Channels of two runs in turn."""
+    *firsts, count = alternate
+    lanes = widest(count, BYTES // move.bytes // 2)
     pairs = [i // 2 + lanes * (i % 2) for i in range(2 * lanes)]
-    with cover(move.source, half, lanes) as start:
-        parts = [f"{move.origin}[{span(f'{origin} + {first} + {start}', lanes)}]" for first in (0, half)]
+    with cover(move.source, count, lanes) as start:
+        parts = [f"{move.origin}[{span(f'{origin} + {first} + {start}', lanes)}]" for first in firsts]
         index = span(f"{to} + 2*({start})", 2 * lanes)
         move.source.line(f"{move.to}[{index}] = T.Shuffle([{', '.join(parts)}], {pairs})")
 

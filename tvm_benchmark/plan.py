@@ -120,6 +120,7 @@ class _Planner:
         step = self.steps[latest]
         fusable = step.kind not in ("movement", "image", "quantize") and step.shape == shape
         values = {step.name, *(n.name for n in step.body)}
+        fusable = fusable and all(name in values or self.made_in[name] < latest for name in node.inputs)
         if fusable and any(name in values and shape3(self.types[name]) == shape for name in node.inputs):
             self._merge_shortcut(step, node)
             step.body.append(node)
@@ -135,7 +136,8 @@ class _Planner:
         for name in node.inputs:
             other = self.steps[self.made_in[name]]
             if other is not step and other.name == name and _is_dense(other) and not other.body:
-                if len(self.readers[name]) == 1 and other.kind == "conv":
+                alone = len(self.readers[name]) == 1 and name not in self.alias.values()
+                if alone and other.kind == "conv" and other.shape == step.shape:
                     step.second, step.inputs = other.anchor, (*step.inputs, *other.inputs)
                     other.kind = MERGED
                     return

@@ -13,12 +13,16 @@ from functools import partial
 
 import numpy as np
 
-from tvm_benchmark.dense import PREFETCH_FROM, TILE_BYTES, Kernel, Layer, Site, Tiling, Units, block_bias, pack_weights
+from tvm_benchmark.dense import Kernel, Tiling, Units
 from tvm_benchmark.isa import Target
+from tvm_benchmark.layers import Layer, block_bias, pack_weights
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.pointwise import LANES, Apply
 from tvm_benchmark.source import Source
+from tvm_benchmark.walks import Site
 
+TILE_BYTES = 64  # reduction bytes of one tile register
+PREFETCH_FROM = 100_000  # bytes of weights from which the next panel is fetched ahead
 ACCUMULATORS, REGISTERS = 4, 8
 STEP = LANES * TILE_BYTES  # bytes of one tile of weights
 MAX_ROWS = 16
@@ -116,7 +120,8 @@ class TileKernel(Kernel):
     def _run(self, units: Units) -> None:
         """All units of a job: the first is only multiplied, the last only finished at the end."""
         source, count = self.source, units.count
-        self.unpacked = [self._unpack(r, units.panel) if r.four_bit and units.panel else "" for r in self.reductions]
+        number = self.number(units.group, units.panel or "0")
+        self.unpacked = [self._unpack(r, number) if r.four_bit and units.panel else "" for r in self.reductions]
         self.scratch = source.local(2 * len(self.layers) * self.unit_vectors, f"int32x{LANES}", "scratch")
         self._multiply_unit(units, "0", None)
         if count != 1:

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from tvm_benchmark.convolution import FEW_PIXELS, default_tiling, emit_with
-from tvm_benchmark.dense import Tiling, layers_of, walks_of
+from tvm_benchmark.dense import Tiling
 from tvm_benchmark.isa import Target, cpu_name
+from tvm_benchmark.layers import layers_of
 from tvm_benchmark.lowering import SLACK, Arena, compile_text, module_text
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.source import Source
+from tvm_benchmark.walks import walks_of
 from utils.atomic_file import write_atomically
 from utils.errors import UserError
 
@@ -29,7 +32,7 @@ CACHE_VARIABLE = "HAWQ_CACHE"
 MAX_CANDIDATES = 50
 SECONDS = 0.02  # spent on each candidate
 COPIES_BYTES = 8 << 20  # the weights rotate over so much memory
-GENERATORS = ("dense", "tiles", "epilogue", "pointwise", "layout", "plan", "source")
+GENERATORS = ("dense", "registers", "tiles", "layers", "walks", "epilogue", "pointwise", "layout", "plan", "source")
 
 
 def candidates(plan: Plan, step: Step, target: Target) -> list[Tiling]:
@@ -91,7 +94,7 @@ class Tuner:
         record["tried"] = len(options)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = (json.dumps(record) + "\n").encode()
-        write_atomically(path, lambda file: file.write(text) and None)
+        write_atomically(path, lambda file: _write(file, text))
         self.searched += 1
         return options[best]
 
@@ -100,6 +103,10 @@ def cache_folder() -> Path:
     """Where tilings are kept: $HAWQ_CACHE/tilings, else ~/.cache/hawq/tilings."""
     base = os.environ.get(CACHE_VARIABLE)
     return (Path(base) if base else Path.home() / ".cache" / "hawq") / "tilings"
+
+
+def _write(file: BinaryIO, text: bytes) -> None:
+    file.write(text)
 
 
 def _read(path: Path) -> Tiling | None:
@@ -143,7 +150,7 @@ def _generators() -> str:
 def _module(sources: Sequence[Source], plan: Plan) -> tuple[str, int, np.ndarray]:
     """Text with one entry point for each kernel, the size of the workspace, the arena."""
     arena, offsets, size = Arena(share=True), dict[str, int](), 0
-    functions, calls = {}, {}
+    functions, calls = dict[str, str](), dict[str, list[str]]()
     for i, source in enumerate(sources):
         arguments = []
         for param in source.params:

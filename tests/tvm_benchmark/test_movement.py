@@ -5,7 +5,7 @@ import pytest
 
 from tests.tvm_benchmark.kernels import KERNEL_TARGETS, check, depthwise, finished, image
 from tvm_benchmark.isa import Target
-from tvm_benchmark.movement import channel_runs
+from tvm_benchmark.movement import alternating, channel_runs
 from utils.integer_graph.ops import make_node
 
 pytestmark = pytest.mark.tvm
@@ -14,6 +14,7 @@ FIRST = pytest.mark.parametrize("target", KERNEL_TARGETS[:1], ids=lambda target:
 
 INDICES = {
     "shuffle": np.arange(116).reshape(2, 58).T.ravel(),
+    "a part of a shuffle": np.arange(116).reshape(2, 58).T.ravel()[58:],
     "three groups": np.arange(24).reshape(3, 8).T.ravel(),
     "runs": np.array([3, 4, 5, -1, -1, 9, 0]),
     "one by one": np.random.default_rng(0).integers(-1, 24, 70),
@@ -31,6 +32,14 @@ def test_gather(target: Target, index: np.ndarray) -> None:
 def test_runs_of_channels() -> None:
     """(first of the result, first of the input, how many)."""
     assert channel_runs(INDICES["runs"]) == [(0, 3, 3), (3, -1, 2), (5, 9, 1), (6, 0, 1)]
+
+
+def test_alternating_runs() -> None:
+    """(first of the even, first of the odd channels, how many pairs)."""
+    assert alternating(INDICES["shuffle"]) == (0, 58, 58)
+    assert alternating(INDICES["a part of a shuffle"]) == (29, 87, 29)
+    assert alternating(INDICES["three groups"]) is None
+    assert alternating(np.array([3, -1, 4, 0])) is None
 
 
 @FIRST
