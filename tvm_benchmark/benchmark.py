@@ -85,10 +85,11 @@ def _engines(args: argparse.Namespace, subject: Subject, model: CompiledModel) -
     return [ours, *peers], missing
 
 
-def _rows(
-    engines: Sequence[Engine], times: Sequence[Times], missing: Sequence[Missing], args: argparse.Namespace
+def latency_rows(
+    engines: Sequence[Engine], times: Sequence[Times], missing: Sequence[Missing], batch: int, threads: int
 ) -> list[dict[str, Any]]:
-    common = {"batch": args.batch_size, "threads": args.threads}
+    """engine, precision, batch, threads, min_ms, median_ms, p95_ms of each engine; None as times of missing peers."""
+    common = {"batch": batch, "threads": threads}
     rows = []
     for engine, t in zip(engines, times, strict=True):
         milliseconds = {"min_ms": t.min_ms, "median_ms": t.median_ms, "p95_ms": t.p95_ms}
@@ -118,7 +119,8 @@ def _measure(args: argparse.Namespace, subject: Subject, model: CompiledModel) -
     engines, missing = _engines(args, subject, model)
     for peer in missing:
         print(f"without {peer.name} ({peer.precision}): {peer.reason}", file=sys.stderr)
-    rows = _rows(engines, interleaved([engine.run for engine in engines], args.seconds), missing, args)
+    times = interleaved([engine.run for engine in engines], args.seconds)
+    rows = latency_rows(engines, times, missing, args.batch_size, args.threads)
     peaks = machine_peaks(args.threads)
     openvino = (OPENVINO_INT8, UINT8_INPUT)
     return {

@@ -2,14 +2,15 @@
 
 The network is compiled twice, with all layers at 8 and at 4 bits (weights random, which makes no difference), and each
 step is timed inside it, so that weights come from where they come from in the whole network.  What is fused into a
-layer (rescaling, residual sums, clamps) is part of its time.  Schemes with 2 or 3 bits run the 4-bit kernels, those
+layer (rescaling, residual sums, clamps) is part of its time.  Where one step computes two layers, a residual branch's
+last convolution and the shortcut convolution that is added, they share its time by their multiply-adds.  Schemes with 2 or 3 bits run the 4-bit kernels, those
 with 5 to 7 the 8-bit ones; layers that always have 8 bits get no row for 4.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +20,9 @@ from bit_config import Rule, Scheme
 from tvm_benchmark.artifact import CompiledModel
 from tvm_benchmark.compile import compile_graph
 from tvm_benchmark.equality import compare
-from tvm_benchmark.subject import Subject, layer_bits
+from tvm_benchmark.subject import Subject, layer_bits, layer_macs, load_subject
 from utils.errors import UserError
 from utils.layer_latency import MEASURED, latency_path, write_layer_latency
-from utils.random_networks import calibrated
 
 EPILOG = """\
 examples:
@@ -52,17 +52,28 @@ def measure(arch: str, threads: int = 1, target: str = "auto") -> dict[str, dict
         times = _step_seconds(models)
     measured: dict[str, dict[int, float]] = {}
     for bits, model in models.items():
-        weight_bits = {layer: found.weight for layer, found in layer_bits(subjects[bits].graph).items()}
+        graph = subjects[bits].graph
+        found, macs = layer_bits(graph), layer_macs(graph)
         for step, seconds in zip(model.info["steps"], times[bits], strict=True):
-            if weight_bits.get(step["name"]) == bits:  # a step is named after its layer
-                measured.setdefault(step["name"], {})[bits] = 1e3 * seconds
+            for layer, share in _shares(step["layers"], macs).items():
+                if found[layer].weight == bits:  # standalone BatchNorm always has 8
+                    measured.setdefault(layer, {})[bits] = 1e3 * seconds * share
     return measured
+
+
+def _shares(layers: Sequence[str], macs: Mapping[str, int]) -> dict[str, float]:
+    """Layer -> its share of the step that computes these layers.
+
+    >>> _shares(["conv2", "shortcut"], {"conv2": 900, "shortcut": 100})
+    {'conv2': 0.9, 'shortcut': 0.1}
+    """
+    total = sum(macs[layer] for layer in layers)
+    return {layer: macs[layer] / total for layer in layers}
 
 
 def _subject(arch: str, bits: int) -> Subject:
     """All layers at these bits, the first and the last too."""
-    experiment = calibrated(arch, Scheme(f"all {bits} bit", (Rule(".*", bits),), ends="free"))
-    return Subject(experiment.convert(()), experiment.info)
+    return load_subject(arch, Scheme(f"all {bits} bit", (Rule(".*", bits),), ends="free"))
 
 
 def _compiled(subject: Subject, folder: Path, threads: int, target: str) -> CompiledModel:

@@ -75,6 +75,8 @@ class TorchEngine:
     def __init__(self, workload: Workload, compiled: bool) -> None:
         self.name = "torch.compile" if compiled else "pytorch"
         self._threads = workload.threads
+        # What torch.compile remembers of other batch sizes would make it generate code for any size.
+        torch.compiler.reset()
         # Freezing folds BatchNorm into the convolutions and packs the weights, as the other engines do.
         options: dict[str, Any] = {"freezing": True}
         self._module = torch.compile(workload.module, options=options) if compiled else workload.module
@@ -127,7 +129,7 @@ class OnnxRuntimeEngine:
         return self._session.run(None, self._feed)
 
 
-def _openvino_model(workload: Workload, batch: int) -> Any:
+def openvino_model(workload: Workload, batch: int) -> Any:
     """The float network for batches of a fixed size."""
     import openvino
 
@@ -138,18 +140,24 @@ def _openvino_model(workload: Workload, batch: int) -> Any:
 
 def _openvino_fp32(workload: Workload) -> list[Engine]:
     inputs = workload.inputs.numpy()
-    return [OpenVinoEngine(_openvino_model(workload, len(inputs)), inputs, "openvino", "fp32", workload.threads)]
+    return [OpenVinoEngine(openvino_model(workload, len(inputs)), inputs, "openvino", "fp32", workload.threads)]
 
 
-def _openvino_int8(workload: Workload) -> list[Engine]:
-    """Post-training quantization by NNCF, once fed floats and once the pixels, converted and normalised inside."""
+def openvino_int8_model(workload: Workload) -> Any:
+    """The float network as an OpenVINO model after post-training quantization by NNCF; float32 batches as images."""
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     images = normalize(workload.calibration, workload.preprocess).numpy()
     samples = nncf.Dataset([image[None] for image in images])
-    model = nncf.quantize(_openvino_model(workload, 1), samples, subset_size=len(images))
+    model = nncf.quantize(openvino_model(workload, 1), samples, subset_size=len(images))
     model.reshape(list(workload.images.shape))
+    return model
+
+
+def _openvino_int8(workload: Workload) -> list[Engine]:
+    """Once fed floats and once the pixels, converted and normalised inside."""
+    model = openvino_int8_model(workload)
     pixels = workload.images.permute(0, 2, 3, 1).numpy()
     from_pixels = _takes_pixels(model.clone(), workload.preprocess)
     return [

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bit_config import Scheme
 from utils.checkpoint import load_checkpoint
 from utils.data_utils import normalize
 from utils.errors import UserError
 from utils.experiment import Cost, Experiment, scheme_of
 from utils.integer_graph import serialize
 from utils.integer_graph.info import layer_nodes
-from utils.integer_graph.ir import Graph
+from utils.integer_graph.ir import Graph, Node
 from utils.models import ModelInfo, create_model
 from utils.preprocess import Preprocess
 from utils.quantization_utils import cost_model
@@ -46,7 +47,9 @@ class Subject:
         return random_images(self.graph.nodes[0].type.shape, count, seed)
 
 
-def load_subject(arch: str | None, scheme: str | None, graph: Path | None, checkpoint: Path | None) -> Subject:
+def load_subject(
+    arch: str | None, scheme: str | Scheme | None, graph: Path | None = None, checkpoint: Path | None = None
+) -> Subject:
     """The subject that a command line names: a graph file, else a checkpoint, else a network with random weights.
 
     arch: may be None with a file; else it must be the file's.  scheme: of a network with random weights (None:
@@ -114,12 +117,24 @@ def cost(graph: Graph) -> Cost:
     return Cost(cost_model.size_mib(layers, bits), cost_model.bops_g(layers, bits))
 
 
+def _layer_name(node: Node) -> str:
+    return str(node.attrs.get("layer", node.name))
+
+
+def layer_macs(graph: Graph) -> dict[str, int]:
+    """Layer -> multiply-adds for one image."""
+    return {
+        _layer_name(node): node.arrays["weight"].size * math.prod(node.type.shape) // node.arrays["weight"].shape[0]
+        for node in layer_nodes(graph)
+    }
+
+
 def _layers(graph: Graph) -> list[Layer]:
     layers = []
+    macs = layer_macs(graph)
     for node in layer_nodes(graph):
         weight = node.arrays["weight"]
-        macs = weight.size * math.prod(node.type.shape) // weight.shape[0]
         kind = "linear" if node.op == "linear" else "conv"
-        name = str(node.attrs.get("layer", node.name))
-        layers.append(Layer(name, kind, weight.size, macs, weight.shape[0], node.inputs[0], False, False))
+        name = _layer_name(node)
+        layers.append(Layer(name, kind, weight.size, macs[name], weight.shape[0], node.inputs[0], False, False))
     return layers

@@ -7,9 +7,9 @@ as many cycles as its tile of pixels has rows, so rows are never padded.
 Source: Intel Architecture Instruction Set Extensions Programming Reference, chapter 3 (TILELOADD, TDPBUSD).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -72,6 +72,16 @@ class Unit:
     sites: tuple[Site, ...]
 
 
+@dataclass(frozen=True)
+class Behind:
+    """A unit whose accumulators wait in the scratch array: where, the constants of its panel, the unit after it."""
+
+    unit: Unit
+    half: str
+    constants: list[Constants]
+    following: Unit | None = None
+
+
 class TileKernel(Kernel):
     """Accumulators in tile registers: ``tiles`` tiles of pixels x ``panel`` blocks of outputs, at most four.
 
@@ -130,8 +140,8 @@ class TileKernel(Kernel):
                 self._multiply_unit(units, f"({u} + 1)", u)
         last = str(count - 1) if isinstance(count, int) else source.let(f"{count} - 1", "last")
         unit = self._unit(units, last)
-        with source.loop("x", self.tiles * self.pixels) as x:
-            self._finish(units.group, unit, self._half(last), x, self._constants(units.group, unit))
+        behind = Behind(unit, self._half(last), self._constants(units.group, unit))
+        self._finish(units.group, behind, "0", self.tiles * self.pixels)
 
     def _unit(self, units: Units, unit: str) -> Unit:
         first, block = units.locate(unit)
@@ -151,57 +161,56 @@ class TileKernel(Kernel):
             found.append((self.source.let(channel, "ch"), self.epilogue.begin(number)))
         return found
 
+    def _behind(self, units: Units, before: str, following: Unit) -> "Behind":
+        unit = self._unit(units, before)
+        return Behind(unit, self._half(before), self._constants(units.group, unit), following)
+
     def _multiply_unit(self, units: Units, index: str, before: str | None) -> None:
         """Multiply one unit and finish the one before it, where there is one, in between."""
-        source, unit = self.source, self._unit(units, index)
-        half = self._half(index)
-        finish: Callable[[str, int], None] = lambda x, count: None  # noqa: E731
-        if before is not None:
-            old, old_half = self._unit(units, before), self._half(before)
-            constants = self._constants(units.group, old)
-
-            def finish(start: str, count: int) -> None:
-                with source.loop("x", count) as x:
-                    self._finish(units.group, old, old_half, f"({start} + {x})", constants, unit)
-
-        share = Share(self.tiles * self.pixels, sum(r.steps for r in self.reductions))
+        unit, half = self._unit(units, index), self._half(index)
+        behind = self._behind(units, before, unit) if before is not None else None
+        pixels, steps = self.tiles * self.pixels, sum(r.steps for r in self.reductions)
+        each = max(1, (pixels - pixels // 4) // steps)  # finished after each step; the rest hides the stores
         done = 0
         for number, reduction in enumerate(self.reductions):
-            for m in range(self.tiles):
-                for n in range(self.panel):
-                    self._load(m * self.panel + n, f"{reduction.bias}[({unit.number} + {n})*{LANES}]", "0")
+            for m, n in product(range(self.tiles), range(self.panel)):
+                self._load(m * self.panel + n, f"{reduction.bias}[({unit.number} + {n})*{LANES}]", "0")
             bases = [self.input_offset(reduction.layer, units.group, site) for site in unit.sites]
-            busy = min(reduction.steps, (share.pixels - done) // share.each) if before is not None else 0
-            for start, steps, each in ((0, busy, share.each), (busy, reduction.steps - busy, 0)):
-                if not steps:
-                    continue
-                with source.loop("k", steps) as k:
-                    self._step(reduction, unit, bases, f"{k} + {start}" if start else k)
-                    if each:
-                        finish(f"{done} + ({k})*{each}", each)
-            done += busy * share.each
+            shared = min(reduction.steps, (pixels - done) // each) if behind else 0
+            if shared and behind:
+                with self.source.loop("k", shared) as k:
+                    self._step(reduction, unit, bases, k)
+                    self._finish(units.group, behind, f"{done} + ({k})*{each}", each)
+            if reduction.steps > shared:
+                with self.source.loop("k", reduction.steps - shared) as k:
+                    self._step(reduction, unit, bases, f"{k} + {shared}")
+            done += shared * each
             self._store(f"{half} + {number * self.unit_vectors}")
-        if done < share.pixels:
-            finish(str(done), share.pixels - done)
+        if behind and done < pixels:
+            self._finish(units.group, behind, str(done), pixels - done)
 
-    def _finish(
-        self, group: str, unit: Unit, half: str, x: str, constants: "list[Constants]", following: Unit | None = None
-    ) -> None:
-        """Take pixel x of a unit through the epilogue, and ask for what the same pixel of the next will touch."""
+    def _finish(self, group: str, behind: "Behind", start: str, count: int) -> None:
+        """Take pixels of a unit through the epilogue, and ask for what the same ones of the next will touch."""
         source = self.source
-        tile = source.let(f"T.truncdiv({x}, {self.pixels})", "m")
-        i = source.let(f"T.truncmod({x}, {self.pixels})", "i") if self.tiles > 1 else x
-        site = self.walk.site(source, self.tile_of(unit.block, tile))
-        for j, (channel, loaded) in enumerate(constants):
-            self.epilogue.loaded = loaded
-            at = f"{half} + ({x})*{self.panel} + {j}"
-            vectors = [f"{self.scratch}[{at} + {r * self.unit_vectors}]" for r in range(len(self.layers))]
-            self.finish_pixel(vectors, site, i, channel)
-        if following and self.epilogue.far():
-            site = self.walk.site(source, self.tile_of(following.block, tile))
-            _, channel = self.channel(group, following.first)
-            with self.walk.pixel(source, site, i) as pixel:
-                self.epilogue.fetch(partial(self.walk.at, site=pixel), channel, self.panel * LANES)
+        with source.loop("x", count) as turn:
+            x = source.let(f"{start} + {turn}", "x")
+            tile = source.let(f"T.truncdiv({x}, {self.pixels})", "m")
+            i = source.let(f"T.truncmod({x}, {self.pixels})", "i") if self.tiles > 1 else x
+            site = self.walk.site(source, self.tile_of(behind.unit.block, tile))
+            for j, (channel, loaded) in enumerate(behind.constants):
+                self.epilogue.loaded = loaded
+                at = f"{behind.half} + ({x})*{self.panel} + {j}"
+                vectors = [f"{self.scratch}[{at} + {r * self.unit_vectors}]" for r in range(len(self.layers))]
+                self.finish_pixel(vectors, site, i, channel)
+            if behind.following and self.epilogue.far():
+                self._fetch(group, behind.following, tile, i)
+
+    def _fetch(self, group: str, unit: Unit, tile: str, i: str) -> None:
+        """Ask for the cache lines that the i-th pixel of a tile will touch when it is finished."""
+        site = self.walk.site(self.source, self.tile_of(unit.block, tile))
+        _, channel = self.channel(group, unit.first)
+        with self.walk.pixel(self.source, site, i) as pixel:
+            self.epilogue.fetch(partial(self.walk.at, site=pixel), channel, self.panel * LANES)
 
     def _unpack(self, reduction: Reduction, panel: str) -> str:
         """Unpack a panel of 4-bit weights into the cache: tiles are loaded from memory only."""
@@ -214,11 +223,10 @@ class TileKernel(Kernel):
         return unpacked
 
     def _store(self, start: str) -> None:
-        for m in range(self.tiles):
-            for n in range(self.panel):
-                address = f"T.address_of({self.scratch}[{start} + {m * self.pixels * self.panel + n}])"
-                stride = f"T.int64({self.panel * LANES * 4})"
-                self._call("tilestored64", f"T.int8({m * self.panel + n})", address, stride)
+        stride = f"T.int64({self.panel * LANES * 4})"
+        for m, n in product(range(self.tiles), range(self.panel)):
+            address = f"T.address_of({self.scratch}[{start} + {m * self.pixels * self.panel + n}])"
+            self._call("tilestored64", f"T.int8({m * self.panel + n})", address, stride)
 
     def _step(self, reduction: Reduction, unit: Unit, bases: list[str], step: str) -> None:
         """One step of a reduction for all accumulators."""
@@ -264,15 +272,3 @@ class TileKernel(Kernel):
             )
             arguments = f"T.address_of({reduction.weights}[{at}]), T.int32(0), T.int32(2), T.int32(1)"
             self.source.evaluate(f'T.call_llvm_intrin("void", "llvm.prefetch.p0", {arguments})')
-
-
-@dataclass(frozen=True)
-class Share:
-    """Pixels of a unit to be finished during the steps of the next one: ``each`` after every step."""
-
-    pixels: int
-    steps: int
-
-    @property
-    def each(self) -> int:
-        return max(1, (self.pixels - self.pixels // 4) // self.steps)

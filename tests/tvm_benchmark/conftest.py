@@ -46,9 +46,13 @@ class FakeModel:
         self._engine = TorchEngine(graph)
         self._layers = layer_nodes(graph)
         sizes = {"weight_bytes": 64, "input_bytes": 32, "output_bytes": 16}
-        pool = {"name": "pool", "kind": "max_pool", "macs": 0, "weight_bits": 0, "kernel": "k0", **sizes}
+        pool = {"name": "pool", "kind": "max_pool", "macs": 0, "weight_bits": 0, "kernel": "k0", "layers": [], **sizes}
         steps = [
-            {**pool, "name": node.name, "kind": "conv", "macs": 1000, "weight_bits": node.attrs["weight_bits"]}
+            {
+                **pool,
+                **{"name": node.name, "kind": "conv", "macs": 1000, "layers": [node.name]},
+                "weight_bits": node.attrs["weight_bits"],
+            }
             for node in self._layers
         ]
         self.info = {

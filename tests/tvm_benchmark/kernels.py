@@ -72,9 +72,7 @@ def finished(nodes: Sequence[Node], last: Node | None = None) -> Graph:
     return graph
 
 
-def check(
-    graph: Graph, target: Target, *, batch: int = 1, seed: int = 0, emit_conv: Emit | None = None
-) -> list[str]:
+def check(graph: Graph, target: Target, *, batch: int = 1, seed: int = 0, emit_conv: Emit | None = None) -> list[str]:
     """Compile (dense layers with ``emit_conv``), run, compare every stored tensor.  Returns the kinds of the steps."""
     import tvm
 

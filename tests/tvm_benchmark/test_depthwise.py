@@ -58,7 +58,7 @@ CASES = [
 
 
 @FAST
-@pytest.mark.parametrize(("case", "table"), zip(CASES, [False, True] * 3, strict=True), ids=str)
+@pytest.mark.parametrize(("case", "table"), list(zip(CASES, [False, True] * 3, strict=True)), ids=str)
 def test_packed_bytes(target: Target, case: tuple, table: bool) -> None:
     channels, height, width, kernel, stride, padding, dilation, bits, out = case
     x = image((channels, height, width), bits=bits, signed=table)
