@@ -28,7 +28,10 @@ class Target:
     def llvm(self) -> dict[str, object]:
         """TVM's description of the target."""
         triple = f"{platform.machine()}-linux-gnu"
-        return {"kind": "llvm", "mtriple": triple, "mcpu": self.mcpu, "opt-level": 3}
+        # TVM tells LLVM that pointers of different names never alias: wrong once kernels that share a workspace are
+        # inlined into one function.
+        options = ["-enable-tbaa=false"]
+        return {"kind": "llvm", "mtriple": triple, "mcpu": self.mcpu, "opt-level": 3, "cl-opt": options}
 
 
 VNNI512 = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi")

@@ -13,7 +13,7 @@ import numpy as np
 from tvm_benchmark import convolution, depthwise, elementwise, inputs, movement, pools
 from tvm_benchmark.halo import emit_halo
 from tvm_benchmark.isa import Target
-from tvm_benchmark.layout import ALIGNMENT, ITEM_BYTES, NO_HALO, Buffer
+from tvm_benchmark.layout import ALIGNMENT, NO_HALO, Buffer
 from tvm_benchmark.memory import Lifetime, assign_offsets
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.script import parse
@@ -199,7 +199,6 @@ def _record(plan: Plan, step: Step, kernel: str, constant_bytes: int) -> dict[st
     _, h, w = step.shape
     layers = [node for node in step.anchors if "weight" in node.arrays]
     macs = sum(h * w * int(node.arrays["weight"].size) for node in layers)
-    size = lambda name: int(np.prod(plan.types[name].shape)) * ITEM_BYTES[plan.views[name].storage.dtype]  # noqa: E731
     return {
         "name": step.name,
         "kind": step.kind,
@@ -208,9 +207,14 @@ def _record(plan: Plan, step: Step, kernel: str, constant_bytes: int) -> dict[st
         "layers": [node.name for node in layers],
         "weight_bits": max((node.attrs["weight_bits"] for node in layers), default=0),
         "weight_bytes": constant_bytes,
-        "input_bytes": sum(size(name) for name in (*step.inputs, *step.reads)),
-        "output_bytes": sum(size(name) for name in step.writes),
+        "input_bytes": _bytes(plan, (*step.inputs, *step.reads)),
+        "output_bytes": _bytes(plan, step.writes),
     }
+
+
+def _bytes(plan: Plan, names: Sequence[str]) -> int:
+    """Bytes of one image's tensors, halos left out."""
+    return sum(int(np.prod(plan.types[name].shape)) * plan.views[name].storage.bytes for name in names)
 
 
 def lower(

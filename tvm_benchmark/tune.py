@@ -32,7 +32,10 @@ CACHE_VARIABLE = "HAWQ_CACHE"
 MAX_CANDIDATES = 50
 SECONDS = 0.02  # spent on each candidate
 COPIES_BYTES = 8 << 20  # the weights rotate over so much memory
-GENERATORS = ("dense", "registers", "tiles", "layers", "walks", "epilogue", "pointwise", "layout", "plan", "source")
+GENERATORS = (
+    *("dense", "registers", "tiles", "layers", "walks", "epilogue", "pointwise", "vectors", "layout", "plan", "source"),
+    "isa",
+)
 
 
 def candidates(plan: Plan, step: Step, target: Target) -> list[Tiling]:
@@ -111,12 +114,11 @@ def _write(file: BinaryIO, text: bytes) -> None:
 
 def _read(path: Path) -> Tiling | None:
     try:
-        record = json.loads(path.read_text())
+        return Tiling(**json.loads(path.read_text())["tiling"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the tiling {path} ({error}), expected JSON; remove the file") from error
-    return Tiling(**record["tiling"])
 
 
 def layer_key(plan: Plan, step: Step, target: Target) -> str:

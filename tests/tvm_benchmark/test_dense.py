@@ -10,8 +10,8 @@ from tests.tvm_benchmark.dense_graphs import Case, Shape, cases, conv, graph_of,
 from tests.tvm_benchmark.kernels import HERE, check, finished, image, requantized
 from tvm_benchmark.convolution import emit_with
 from tvm_benchmark.dense import Tiling
-from tvm_benchmark.layers import Layer, layers_of, merge_groups, pack_weights
 from tvm_benchmark.isa import Target
+from tvm_benchmark.layers import Layer, layers_of, merge_groups, pack_weights
 from tvm_benchmark.layout import Storage
 from tvm_benchmark.plan import Plan, Step, make_plan
 from tvm_benchmark.source import Source
