@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# accuracy needs images and weights (see its --help), families takes long; readme_tables measures nothing.
-BENCHMARKS := $(filter-out benchmarks.accuracy benchmarks.families benchmarks.readme_tables, \
+# accuracy needs images and weights (see its --help); families and the three about compiled networks take long (and
+# the latter TVM and the other runtimes): run them one by one.  readme_tables measures nothing.
+APART := accuracy families tvm_equality tvm_latency tvm_memory readme_tables
+BENCHMARKS := $(filter-out $(APART:%=benchmarks.%), \
     $(patsubst benchmarks/%.py,benchmarks.%,$(shell grep -l '^def main' benchmarks/*.py)))
 
 .PHONY: demo test lint bench readme lock clean
@@ -42,9 +44,12 @@ readme: $(READY)
 	@cp runs/demo/demo.png docs/demo.png
 	@$(RUN) -m benchmarks.readme_tables
 
+# What the extra "peers" alone brings: runtimes to compare with, which no test needs.
+PEERS := nncf openvino openvino-telemetry markdown-it-py mdurl ninja psutil pydot rich tabulate
+
 # Write down what is installed in $(VENV).  CUDA packages come with torch on Linux x86_64 only.
 lock:
-	@{ sed -n '/^#/p' requirements.lock; $(RUN) -m pip freeze --exclude-editable | sed -E '/^(nvidia-|cuda-|triton==)/s/$$/ ; sys_platform == "linux" and platform_machine == "x86_64"/'; } > requirements.lock.new
+	@{ sed -n '/^#/p' requirements.lock; $(RUN) -m pip freeze --exclude-editable $(PEERS:%=--exclude %) | sed -E '/^(nvidia-|cuda-|triton==)/s/$$/ ; sys_platform == "linux" and platform_machine == "x86_64"/'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 clean:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.readme_tables [--check]
 
-A marker names a file and, if not all are wanted, its columns:
+A marker names a file and, if not all are wanted, its rows (by the values of some columns) and its columns:
 
-    <!-- table results/demo.csv: scheme, how, size KiB -->
+    <!-- table results/demo.csv where how = QAT and scheme = mixed: scheme, size KiB -->
     <!-- end table -->
 
 What stands between the two lines is replaced.
@@ -23,7 +23,7 @@ from utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(
-    r"^(?P<begin><!-- table (?P<file>[^\s:]+)(?:: (?P<columns>[^\n]+?))? -->)\n"
+    r"^(?P<begin><!-- table (?P<file>[^\s:]+)(?: where (?P<where>[^:\n]+?))?(?:: (?P<columns>[^\n]+?))? -->)\n"
     r"(?P<old>(?:(?!<!-- table ).*\n)*?)(?P<end><!-- end table -->)$",
     re.MULTILINE,
 )
@@ -41,10 +41,14 @@ def _block(match: re.Match[str], root: Path) -> str:
     _, rows = read_csv(root / match["file"])
     if not rows:
         raise UserError(f"the table {match['file']} has no rows; measure again or remove its marker")
+    conditions = [condition.split(" = ") for condition in (match["where"] or "").split(" and ") if condition]
     columns = match["columns"].split(", ") if match["columns"] else list(rows[0])
-    for column in columns:
+    for column in [*columns, *(condition[0] for condition in conditions)]:
         if column not in rows[0]:
             raise UserError(f"{match['file']} has no column {column!r}; expected some of {', '.join(rows[0])}")
+    rows = [row for row in rows if all(row[column] == value for column, value in conditions)]
+    if not rows:
+        raise UserError(f"{match['file']} has no row where {match['where']}; measure again or change its marker")
     table = markdown_table([{column: row[column] for column in columns} for row in rows])
     return f"{match['begin']}\n\n{table}\n\n{match['end']}"
 

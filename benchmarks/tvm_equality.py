@@ -91,20 +91,21 @@ class Counts:
 def compare(graph: Graph, images: Tensor, target: str, batches: Sequence[int] = BATCHES) -> Counts:
     """Compile a graph for every batch size and compare, with every number of threads.
 
-    images: uint8 [N, C, H, W].  The first batch size is compiled so that stored tensors can be read; they are compared
-    on ``KEPT_IMAGES`` of the images.  Raises UserError.
+    images: uint8 [N, C, H, W].  The first batch size is compiled once more so that stored tensors can be read (memory
+    is then used once only); they are compared on ``KEPT_IMAGES`` of the images.  Raises UserError.
     """
     counts, expected = Counts(), TorchEngine(graph)(images).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        compile_graph(graph, folder, batch=batches[0], target=target, keep=True)
+        model = CompiledModel(folder, THREADS[-1])
+        _compare_tensors(counts, graph, model, images[: max(batches[0], KEPT_IMAGES)].numpy())
     for batch in batches:
-        keep = batch == batches[0]
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            compile_graph(graph, folder, batch=batch, target=target, keep=keep)
+            compile_graph(graph, folder, batch=batch, target=target)
             counts.compile_s += (time.perf_counter() - start,)
             for threads in THREADS:
                 model = CompiledModel(folder, threads)
-                if keep and threads == THREADS[-1]:
-                    _compare_tensors(counts, graph, model, images[: max(batch, KEPT_IMAGES)].numpy())
                 found = difference(model.predict(images.numpy()), expected)
                 counts.add(f"logits (batch {batch}, {threads} threads)", found.logits, found.different)
     return counts

@@ -19,32 +19,35 @@ FOLDERS = ("utils", "benchmarks", "examples", "tvm_benchmark", "zoo")
 
 # Rank -> modules, ``/`` in front of those outside utils/.  A package itself (its empty __init__) has no rank.
 RANKS: tuple[str, ...] = (
-    """errors integer_graph.ir metrics quantization_utils.cost_model quantization_utils.dyadic
-    quantization_utils.fold_bn quantization_utils.quant_primitives quantization_utils.windows seeded tables
-    /tvm_benchmark.timing""",
-    """/bit_config atomic_file distillation image_sources integer_graph.reference integer_graph.torch_rescale
-    integer_graph.type_rules preprocess quantization_utils.capture quantization_utils.observers
-    quantization_utils.scheme_report run_log torch_file /tvm_benchmark.runtime""",
-    """checkpoint digits_net float_weights integer_graph.exact_conv integer_graph.float_islands plots provenance
-    quantization_utils.float_ops quantization_utils.quant_modules run_report transforms
-    /tvm_benchmark.artifact /tvm_benchmark.machine_peak""",
-    """/benchmarks.readme_tables data_utils integer_graph.converted integer_graph.ops integer_graph.torch_steps models
-    quantization_utils.float_joins layer_latency /tvm_benchmark.report""",
-    """integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools
-    /tvm_benchmark.peers""",
-    """integer_graph.diff integer_graph.info integer_graph.predict integer_graph.torch_engine
-    quantization_utils.float_rows""",
-    """integer_graph.__main__ quantization_utils.float_graph /tvm_benchmark.equality""",
-    """quantization_utils.prepare""",
-    """evaluation integer_graph.from_torch quantization_utils.calibrate quantization_utils.state
-    quantization_utils.training""",
-    """/benchmarks.qat_step experiment run_data train_flags trainer""",
-    """api random_networks run_state""",
+    """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors integer_graph.ir metrics
+    quantization_utils.cost_model quantization_utils.dyadic quantization_utils.fold_bn
+    quantization_utils.quant_primitives quantization_utils.windows seeded tables""",
+    """/bit_config /tvm_benchmark.isa /tvm_benchmark.layout /tvm_benchmark.runtime atomic_file distillation
+    image_sources integer_graph.reference integer_graph.torch_rescale integer_graph.type_rules preprocess
+    quantization_utils.capture quantization_utils.observers quantization_utils.scheme_report run_log torch_file""",
+    """/tvm_benchmark.artifact /tvm_benchmark.machine_peak /tvm_benchmark.plan /tvm_benchmark.source checkpoint
+    digits_net float_weights integer_graph.exact_conv integer_graph.float_islands plots provenance
+    quantization_utils.float_ops quantization_utils.quant_modules run_report transforms""",
+    """/benchmarks.readme_tables /tvm_benchmark.halo /tvm_benchmark.loops /tvm_benchmark.report
+    /tvm_benchmark.vectors data_utils integer_graph.converted integer_graph.ops integer_graph.torch_steps
+    layer_latency models quantization_utils.float_joins""",
+    """/tvm_benchmark.inputs /tvm_benchmark.movement /tvm_benchmark.peers /tvm_benchmark.pointwise
+    integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools""",
+    """/tvm_benchmark.epilogue /tvm_benchmark.layers integer_graph.diff integer_graph.info integer_graph.predict
+    integer_graph.torch_engine quantization_utils.float_rows""",
+    """/tvm_benchmark.depthwise_bytes /tvm_benchmark.elementwise /tvm_benchmark.equality /tvm_benchmark.pools
+    /tvm_benchmark.walks integer_graph.__main__ quantization_utils.float_graph""",
+    """/tvm_benchmark.dense /tvm_benchmark.depthwise quantization_utils.prepare""",
+    """/tvm_benchmark.registers /tvm_benchmark.tiles evaluation integer_graph.from_torch
+    quantization_utils.calibrate quantization_utils.state quantization_utils.training""",
+    """/benchmarks.qat_step /tvm_benchmark.convolution experiment run_data train_flags trainer""",
+    """/tvm_benchmark.lowering api random_networks run_state""",
     """/benchmarks.engine_speed /benchmarks.equality /benchmarks.families /examples.own_model
-    /tvm_benchmark.compile /tvm_benchmark.subject""",
-    """/tvm_benchmark.layer_latency /tvm_benchmark.validate""",
+    /tvm_benchmark.subject /tvm_benchmark.tune""",
+    """/tvm_benchmark.compile""",
+    """/benchmarks.tvm_equality /benchmarks.tvm_memory /tvm_benchmark.layer_latency /tvm_benchmark.validate""",
     """/tvm_benchmark.benchmark graph_evaluation""",
-    """/quant_train""",
+    """/benchmarks.tvm_latency /quant_train""",
     """/benchmarks.accuracy /examples.demo""",
 )
 

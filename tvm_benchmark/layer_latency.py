@@ -3,8 +3,8 @@
 The network is compiled twice, with all layers at 8 and at 4 bits (weights random, which makes no difference), and each
 step is timed inside it, so that weights come from where they come from in the whole network.  What is fused into a
 layer (rescaling, residual sums, clamps) is part of its time.  Where one step computes two layers, a residual branch's
-last convolution and the shortcut convolution that is added, they share its time by their multiply-adds.  Schemes with 2 or 3 bits run the 4-bit kernels, those
-with 5 to 7 the 8-bit ones; layers that always have 8 bits get no row for 4.
+last convolution and the shortcut convolution that is added, they share its time by their multiply-adds.  Schemes with
+2 or 3 bits run the 4-bit kernels, those with 5 to 7 the 8-bit ones; layers that always have 8 bits get no row for 4.
 """
 
 import argparse

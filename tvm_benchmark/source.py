@@ -96,20 +96,10 @@ class Source:
         self.params.append(Param(name, dtype, tensor, array))
         return name
 
-    def _is_parallel(self) -> bool:
-        """Whether everything is stored in parallel loops, which are functions of their own.
-
-        Only then may TVM tell LLVM that pointers of the function never alias: it says so of the code, for good, and
-        other code would be inlined beside that of kernels which use the same memory under other names.
-        """
-        top = [line for line in self.lines if not line.startswith("     ")]
-        return all(" in T.parallel(" in line or ": T.let = " in line for line in top)
-
     def text(self, name: str) -> str:
         """The whole function under a name.  It returns 0: where loops are parallel, TVM's code returns a status."""
         arguments = ", ".join(f'{p.name}_: T.handle("{p.dtype}")' for p in self.params)
         head = ["@T.prim_func(private=True, s_tir=True)", f"def {name}({arguments}) -> T.int32:"]
-        if self._is_parallel():
-            head.append('    T.func_attr({"tirx.noalias": True})')
+        head.append('    T.func_attr({"tirx.noalias": True})')
         head += [f'    {p.name} = T.decl_buffer((2147483647,), "{p.dtype}", data={p.name}_)' for p in self.params]
         return "\n".join([*head, *self.lines, "    return T.int32(0)"]) + "\n"

@@ -40,13 +40,22 @@ def test_refuses_unknown_columns_and_files(root: Path) -> None:
         render("<!-- table results/a.csv -->\n<!-- end table -->", root)
 
 
+def test_chooses_rows(root: Path) -> None:
+    text = "<!-- table results/a.csv where scheme = uniform4 and top-1 = 98.9: top-1 -->\n<!-- end table -->"
+    assert "| top-1 |\n|---:|\n| 98.9 |\n\n" in render(text, root)
+    with pytest.raises(UserError, match=r"a\.csv has no row where scheme = uniform2; measure again"):
+        render("<!-- table results/a.csv where scheme = uniform2 -->\n<!-- end table -->", root)
+    with pytest.raises(UserError, match="no column 'bits'"):
+        render("<!-- table results/a.csv where bits = 2: top-1 -->\n<!-- end table -->", root)
+
+
 def test_readme_is_in_sync_with_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_files_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in ("docs/demo.png", "docs/architecture.md", "CHANGELOG.md", "LICENSE"):
+    for name in ("docs/demo.png", "docs/architecture.md", "docs/tvm.md", "CHANGELOG.md", "LICENSE"):
         assert name in text
         assert (ROOT / name).is_file()
     assert (ROOT / "docs/demo.png").stat().st_size < 100_000
