@@ -1,4 +1,4 @@
-"""Renders results/*.csv as tables between markers in README.md, so that no number there is typed by hand.
+"""Renders results/*.csv as tables between markers in README.md and docs/tvm.md: no number there is typed by hand.
 
     python -m benchmarks.readme_tables [--check]
 
@@ -22,6 +22,7 @@ from utils.provenance import read_csv
 from utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/tvm.md")
 MARKER = re.compile(
     r"^(?P<begin><!-- table (?P<file>[^\s:]+)(?: where (?P<where>[^:\n]+?))?(?:: (?P<columns>[^\n]+?))? -->)\n"
     r"(?P<old>(?:(?!<!-- table ).*\n)*?)(?P<end><!-- end table -->)$",
@@ -54,22 +55,24 @@ def _block(match: re.Match[str], root: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 where --check finds README.md out of date; 2 for files that cannot be used."""
+    """Exit code 0; 1 where --check finds a page out of date; 2 for files that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is out of date")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
+    status = 0
     try:
-        old = readme.read_text(encoding="utf-8")
-        new = render(old, ROOT)
-        if args.check:
-            print("README.md is up to date" if new == old else "README.md is out of date: run make readme")
-            return int(new != old)
-        _write(readme, new)
+        for page in PAGES:
+            old = (ROOT / page).read_text(encoding="utf-8")
+            new = render(old, ROOT)
+            if not args.check:
+                _write(ROOT / page, new)
+            elif new != old:
+                print(f"{page} is out of date: run python -m benchmarks.readme_tables")
+                status = 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def _write(path: Path, text: str) -> None:

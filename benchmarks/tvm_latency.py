@@ -64,7 +64,8 @@ RATIOS: Mapping[str, tuple[Sequence[str] | None, str, str]] = {
 }
 MS = ("min_ms", "median_ms", "p95_ms")
 KEY = ("arch", "scheme", "residual_bits", "batch", "threads", "engine", "precision")
-MEASURED = ("openvino_int8_ms", "best_fp32_ms", *RATIOS, "over_one_thread")
+FASTEST = ("openvino_int8_ms", "best_fp32_ms")
+MEASURED = (*FASTEST, *RATIOS, "over_one_thread")
 MODEL = ("size_mib", "weight_mib", "equal", "compared", "compile_s", "target")
 COLUMNS = (*KEY, *MS, *MEASURED, *MODEL, "cpu", "commit")
 Row = dict[str, Any]
@@ -131,8 +132,8 @@ def _measure_case(built: Sequence[Built], case: Case, seconds: float) -> Iterato
     times = interleaved([engine.run for engine in engines], seconds)
     count = len(ours) + len(peers)
     rows = latency_rows(engines[:count], times[:count], missing, case.batch, case.threads)
-    one_thread = [t.min_ms for t in times[count:]] or [None] * len(ours)
-    for model, row, one in zip(built, rows, one_thread, strict=False):
+    one_thread = [t.min_ms for t in times[count:]] if alone else [None] * len(ours)
+    for model, row, one in zip(built, rows[: len(ours)], one_thread, strict=True):
         yield _our_row(model, row, rows[len(ours) :], one)
     arch = built[0].subject.arch
     yield from (_row(row | {"arch": arch, "scheme": row["precision"]}) for row in rows[len(ours) :])
@@ -186,9 +187,9 @@ def _fastest(peers: Sequence[Row], precision: str) -> float | None:
 def _row(values: Mapping[str, Any]) -> Row:
     """All columns in order, milliseconds to the microsecond; empty where there is no value."""
     origin = {key: provenance()[key] for key in ("cpu", "commit")}
-    filled = {key: "" if value is None else value for key, value in {**values, **origin}.items()}
-    filled |= {key: round(filled[key], 3) for key in MS if filled[key] != ""}
-    return {column: filled.get(column, "") for column in COLUMNS}
+    given = {key: value for key, value in {**values, **origin}.items() if value is not None}
+    given |= {key: round(given[key], 3) for key in (*MS, *FASTEST) if key in given}
+    return {column: given.get(column, "") for column in COLUMNS}
 
 
 def merged(path: Path, rows: Sequence[Row]) -> list[Row]:

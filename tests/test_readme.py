@@ -2,11 +2,15 @@
 
 import re
 import shlex
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import bit_config
+from tvm_benchmark.benchmark import build_parser as benchmark_parser
+from tvm_benchmark.compile import build_parser as compile_parser
 from utils.integer_graph.__main__ import main as integer_graph
 from utils.train_flags import build_parser
 
@@ -22,6 +26,17 @@ def test_commands_have_flags_that_exist() -> None:
     assert len(lines) >= 5
     for line in lines:
         build_parser().parse_args(shlex.split(line, comments=True)[2:])
+
+
+@pytest.mark.parametrize(
+    ("program", "parser"), [("compile", compile_parser), ("benchmark", benchmark_parser)], ids=["compile", "benchmark"]
+)
+def test_commands_about_compiled_models(program: str, parser: Callable[[], ArgumentParser]) -> None:
+    start = f"python -m tvm_benchmark.{program} "
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith(start)]
+    assert lines
+    for line in lines:
+        parser().parse_args(shlex.split(line.removeprefix(start), comments=True))
 
 
 def test_scheme_file_is_one(tmp_path: Path) -> None:

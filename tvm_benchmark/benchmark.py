@@ -191,7 +191,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tvm_benchmark.benchmark",
         description=__doc__,
@@ -247,7 +248,7 @@ def _refuse_flags_without_use(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         if args.layer_latency:
             _refuse_flags_without_use(args)

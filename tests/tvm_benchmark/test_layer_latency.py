@@ -34,6 +34,27 @@ def test_standalone_bn_has_8_bits_alone(install_fake: Install, tmp_path: Path) -
     assert all(set(times) == ({8} if name in affine else {4, 8}) for name, times in measured.items())
 
 
+def test_two_layers_of_one_step_share_its_time(install_fake: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install_fake(layer_latency)
+
+    def load(folder: Path, threads: int) -> Any:
+        model = fake.load(folder, threads)
+        pool, first, second, *others = model.info["steps"]
+        model.info["steps"] = [pool, {**first, "layers": [first["name"], second["name"]]}, *others]
+        times = [0.5, 4.0, *(1.0 for _ in others)]
+        monkeypatch.setattr(model, "step_times", lambda rounds: times)
+        return model
+
+    monkeypatch.setattr(layer_latency, "CompiledModel", load)
+    measured = layer_latency.measure("digits")
+    first, second, *others = calibrated("digits", "uniform8").layers
+    assert list(measured) == [layer.name for layer in (first, second, *others)]
+    both = first.macs + second.macs
+    for layer in (first, second):
+        assert measured[layer.name][8] == pytest.approx(4000 * layer.macs / both)
+    assert all(measured[layer.name] == {8: 1000, 4: 1000} for layer in others)
+
+
 def test_from_the_benchmark_with_the_default_path(
     install_fake: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
