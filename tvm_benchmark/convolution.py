@@ -6,7 +6,7 @@ from tvm_benchmark.layers import layers_of
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.registers import RegisterKernel
 from tvm_benchmark.source import Source
-from tvm_benchmark.tiles import MAX_ROWS, TileKernel
+from tvm_benchmark.tiles import MAX_ROWS, UNPACKED_BYTES, TileKernel
 from tvm_benchmark.walks import walks_of
 
 FEW_PIXELS = 5  # below, a tile of weights costs more than the vector instructions it saves
@@ -26,7 +26,8 @@ def default_tiling(plan: Plan, step: Step, target: Target) -> Tiling:
         walk = min(walks, key=lambda name: walks[name].tiles * max(walks[name].pixels, CHEAP_ROWS))
         if walks[walk].tiles <= 4:  # all pixels at once: every weight is read once
             return Tiling(MAX_ROWS, 1, 4, "panels", "tiles", walk)
-        order = "pixels" if layer.weight.size <= NEAR_BYTES else "panels"
+        near = UNPACKED_BYTES if any(x.bits <= 4 for x in layers) else NEAR_BYTES
+        order = "pixels" if max(x.weight.size for x in layers) <= near else "panels"
         return Tiling(MAX_ROWS, 2, 2, order, "tiles", walk)
     pixels, panel = (7, 2) if target.dot == "avx512" else (4, 1)
     return Tiling(pixels, panel, walk="long" if layer.is_point else "rows")

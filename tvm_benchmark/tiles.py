@@ -23,6 +23,7 @@ from tvm_benchmark.walks import Site
 
 TILE_BYTES = 64  # reduction bytes of one tile register
 PREFETCH_FROM = 100_000  # bytes of weights from which the next panel is fetched ahead
+UNPACKED_BYTES = 64 << 10  # 4-bit weights that a job unpacks at once
 ACCUMULATORS, REGISTERS = 4, 8
 STEP = LANES * TILE_BYTES  # bytes of one tile of weights
 MAX_ROWS = 16
@@ -94,12 +95,16 @@ class TileKernel(Kernel):
         super().__init__(plan, step, target, tiling)
         assert self.tiles * self.panel <= ACCUMULATORS
         assert self.pixels <= MAX_ROWS
-        if any(layer.bits <= 4 for layer in self.layers):
+        if any(layer.bits <= 4 and not self._unpacks_all(layer) for layer in self.layers):
             self.order = "panels"  # a panel is unpacked once
         self.reductions = [self._reduction(index, layer) for index, layer in enumerate(self.layers)]
         self.config = self.source.constant(tile_config(self.pixels, self._weight_registers()))
         self.scratch = ""
         self.unpacked: list[str] = []
+
+    def _unpacks_all(self, layer: Layer) -> bool:
+        """Whether a job unpacks all weights of a layer at its start, so that its pixels may come first."""
+        return self.groups == 1 and layer.weight.size <= UNPACKED_BYTES
 
     def _reduction(self, index: int, layer: Layer) -> Reduction:
         weights = self.source.constant(pack_weights(layer, 4, TILE_BYTES, layer.bits <= 4))
@@ -130,8 +135,8 @@ class TileKernel(Kernel):
     def _run(self, units: Units) -> None:
         """All units of a job: the first is only multiplied, the last only finished at the end."""
         source, count = self.source, units.count
-        number = self.number(units.group, units.panel or "0")
-        self.unpacked = [self._unpack(r, number) if r.four_bit and units.panel else "" for r in self.reductions]
+        start = self.number(units.group, units.panel or "0")
+        self.unpacked = [self._unpack(r, start, bool(units.panel)) if r.four_bit else "" for r in self.reductions]
         self.scratch = source.local(2 * len(self.layers) * self.unit_vectors, f"int32x{LANES}", "scratch")
         self._multiply_unit(units, "0", None)
         if count != 1:
@@ -212,12 +217,13 @@ class TileKernel(Kernel):
         with self.walk.pixel(self.source, site, i) as pixel:
             self.epilogue.fetch(partial(self.walk.at, site=pixel), channel, self.panel * LANES)
 
-    def _unpack(self, reduction: Reduction, panel: str) -> str:
-        """Unpack a panel of 4-bit weights into the cache: tiles are loaded from memory only."""
+    def _unpack(self, reduction: Reduction, start: str, panel: bool) -> str:
+        """Unpack 4-bit weights, one panel or all, into the cache: tiles are loaded from memory only."""
         source, four, size = self.source, "T.Broadcast(T.int8(4), 64)", reduction.block_bytes
-        unpacked = source.local(self.panel * size // 64, "int8x64", "unpacked")
-        with source.loop("u", self.panel * size // 128) as u:
-            raw = source.let(f"{reduction.weights}[T.Ramp(({panel})*{size // 2} + ({u})*64, 1, 64)]", "raw")
+        count = (self.panel if panel else self.blocks) * size
+        unpacked = source.local(count // 64, "int8x64", "unpacked")
+        with source.loop("u", count // 128) as u:
+            raw = source.let(f"{reduction.weights}[T.Ramp(({start})*{size // 2} + ({u})*64, 1, 64)]", "raw")
             source.line(f"{unpacked}[({u})*2] = T.shift_right(T.shift_left({raw}, {four}), {four})")
             source.line(f"{unpacked}[({u})*2 + 1] = T.shift_right({raw}, {four})")
         return unpacked
@@ -255,7 +261,8 @@ class TileKernel(Kernel):
     def _weight_address(self, reduction: Reduction, unit: Unit, n: int, step: str) -> str:
         if reduction.four_bit:
             unpacked = self.unpacked[next(i for i, r in enumerate(self.reductions) if r is reduction)]
-            return f"{unpacked}[{n * reduction.block_bytes // 64} + {step}*{STEP // 64}]"
+            block = str(n) if self.order == "panels" else f"({unit.number} + {n})"
+            return f"{unpacked}[{block}*{reduction.block_bytes // 64} + {step}*{STEP // 64}]"
         return f"{reduction.weights}[({unit.number} + {n})*{reduction.block_bytes} + {step}*{STEP}]"
 
     def _prefetch(self, reduction: Reduction, unit: Unit, step: str) -> None:
