@@ -53,6 +53,7 @@ def compare(arch: str, scheme: str, images: int) -> dict[str, object]:
     }
 
 
+@torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=list(CASES), metavar="NAME")
@@ -69,5 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main())

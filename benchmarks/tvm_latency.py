@@ -218,6 +218,7 @@ def _place(row: Row) -> tuple[Any, ...]:
     return arch, row["arch"], int(row["batch"]), int(row["threads"]), row["engine"] != OURS, scheme, residual
 
 
+@torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -232,7 +233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each engine (default 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/tvm_latency.csv"), metavar="FILE")
     args = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
     try:
         merged(args.output, [])  # another table is refused before minutes of work
         for arch in args.archs:

@@ -89,6 +89,7 @@ def _write(subject: Subject, folder: Path) -> list[tuple[str, str]]:
     return [ours, *(("openvino", precision) for precision in models)]
 
 
+@torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for what cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,5 +110,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main())

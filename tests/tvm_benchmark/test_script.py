@@ -7,7 +7,6 @@ from tvm_benchmark.isa import TARGETS
 from tvm_benchmark.lowering import lower, module_text
 from tvm_benchmark.plan import make_plan
 from tvm_benchmark.script import parse
-from tvm_benchmark.source import Source
 from utils.integer_graph.ir import Graph
 
 pytestmark = pytest.mark.tvm
@@ -42,12 +41,3 @@ def test_networks_are_like_tvms(graph: Graph, target: str) -> None:
 def test_branches_are_like_tvms() -> None:
     calls = {"main": ["kernel_0(T.address_of(space[0]))"]}
     assert_like_tvm(module_text({BRANCHES: "kernel_0"}, calls, 'space: T.Buffer((64,), "uint8")'))
-
-
-@pytest.mark.parametrize(("kind", "promised"), [("parallel", True), ("serial", False)])
-def test_pointers_are_promised_not_to_alias_in_parallel_loops_alone(kind: str, promised: bool) -> None:
-    source = Source()
-    source.let("1")
-    with source.loop("i", 4, kind) as i:
-        source.evaluate(i)
-    assert ("tirx.noalias" in source.text("kernel")) is promised
