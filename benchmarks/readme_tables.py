@@ -14,9 +14,8 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
-from utils.atomic_file import write_atomically
+from utils.atomic_file import write_text
 from utils.errors import UserError
 from utils.provenance import read_csv
 from utils.tables import markdown_table
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             old = (ROOT / page).read_text(encoding="utf-8")
             new = render(old, ROOT)
             if not args.check:
-                _write(ROOT / page, new)
+                write_text(ROOT / page, new)
             elif new != old:
                 print(f"{page} is out of date: run python -m benchmarks.readme_tables")
                 status = 1
@@ -73,13 +72,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status
-
-
-def _write(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_atomically(path, write)
 
 
 if __name__ == "__main__":

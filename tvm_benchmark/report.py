@@ -10,9 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from utils.atomic_file import write_atomically
+from utils.atomic_file import write_text
 from utils.errors import UserError
 from utils.plots import LatencyBar, plot_latency
 from utils.tables import Rows, markdown_table, plain_table
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports = [read_report(path) for path in args.report]
         text = as_markdown(reports)
         if args.markdown:
-            _write(args.markdown, text)
+            write_text(args.markdown, text)
         else:
             print(text, end="")
         if args.picture:
@@ -174,13 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_atomically(path, write)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from tvm_benchmark.lowering import SLACK, Arena, compile_text, module_text
 from tvm_benchmark.plan import Plan, Step
 from tvm_benchmark.source import Source
 from tvm_benchmark.walks import walks_of
-from utils.atomic_file import write_atomically
+from utils.atomic_file import write_text
 from utils.errors import UserError
 
 CACHE_VARIABLE = "HAWQ_CACHE"
@@ -96,8 +95,7 @@ class Tuner:
         record = {"tiling": asdict(options[best]), "microseconds": round(times[best] * 1e6, 2)}
         record["tried"] = len(options)
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = (json.dumps(record) + "\n").encode()
-        write_atomically(path, lambda file: _write(file, text))
+        write_text(path, json.dumps(record) + "\n")
         self.searched += 1
         return options[best]
 
@@ -106,10 +104,6 @@ def cache_folder() -> Path:
     """Where tilings are kept: $HAWQ_CACHE/tilings, else ~/.cache/hawq/tilings."""
     base = os.environ.get(CACHE_VARIABLE)
     return (Path(base) if base else Path.home() / ".cache" / "hawq") / "tilings"
-
-
-def _write(file: BinaryIO, text: bytes) -> None:
-    file.write(text)
 
 
 def _read(path: Path) -> Tiling | None:

@@ -42,6 +42,15 @@ def write_atomically(path: Path, writer: Callable[[BinaryIO], None]) -> None:
     _sync_folder(target.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_atomically` of a text in UTF-8."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)
+
+
 def _discard(temporary: Path) -> None:
     with contextlib.suppress(OSError):
         temporary.unlink()
