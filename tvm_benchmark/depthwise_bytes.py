@@ -244,12 +244,14 @@ class LaneFinish:
 
 
 class PackedFinish:
-    """One requantization to bytes, packed with saturation, perhaps a table on the bytes."""
+    """One requantization to bytes, packed with saturation, perhaps behind a clip, perhaps a table on the bytes."""
 
     def __init__(self, kernel: ByteKernel, target: Target):
-        self.kernel, self.node = kernel, kernel.step.body[0]
+        self.kernel, self.node = kernel, _requantization(kernel.step)
         source, plan, name = kernel.source, kernel.plan, kernel.step.writes[0]
-        total = plan.types[kernel.step.name]
+        total = plan.types[self.node.inputs[0]]
+        clips = [node.arrays for node in kernel.step.body if node.op == "clip"]
+        self.bounds = [Constants(source, clip[key], kernel.order) for clip in clips for key in ("lo", "hi")]
         arrays = self.node.arrays
         self.rescale = Rescale(
             source,
@@ -261,8 +263,10 @@ class PackedFinish:
         )
         self.result = plan.views[name]
         self.to = source.tensor(name, self.result)
-        self.table = None if len(kernel.step.body) == 1 else ByteTable(source, self._table(kernel.step.body[1]))
+        last = kernel.step.body[-1]
+        self.table = ByteTable(source, self._table(last)) if last.op == "lookup" else None
         self.held: list[str] = []
+        self.clip: list[list[str]] = []
         self.apply: list[Callable[[Value], Value]] = []
 
     def _table(self, node: Node) -> np.ndarray:
@@ -273,11 +277,16 @@ class PackedFinish:
         return (table[index] + self.result.storage.zero).astype(np.uint8)
 
     def begin(self, block: str) -> None:
-        self.apply = [self.rescale.load(f"({block})*{QUADS} + {q}") for q in range(QUADS)]
+        registers = [f"({block})*{QUADS} + {q}" for q in range(QUADS)]
+        self.clip = [[bound.vector(register) for bound in self.bounds] for register in registers]
+        self.apply = [self.rescale.load(register) for register in registers]
         self.held = self.table.load() if self.table else []
 
     def finish(self, totals: Sequence[str], at: Callable[[View], str], start: str) -> None:
         source, kernel = self.kernel.source, self.kernel
+        if self.bounds:
+            clipped = zip(totals, self.clip, strict=True)
+            totals = [source.let(f"T.max(T.min({total}, {most}), {least})") for total, (least, most) in clipped]
         parts = [apply(Value(total)).name for apply, total in zip(self.apply, totals, strict=True)]
         pairs = [_pack(source, "int16x32", "packssdw", *parts[i : i + 2]) for i in (0, 2)]
         if self.node.type.signed:
@@ -318,19 +327,28 @@ def _pack(source: Source, dtype: str, name: str, a: str, b: str) -> str:
     return source.let(f'T.call_llvm_pure_intrin("{dtype}", "llvm.x86.avx512.{name}.512", {a}, {b})')
 
 
+def _requantization(step: Step) -> Node:
+    """The one requantization of a packed body."""
+    return next(node for node in step.body if node.op == "requantize")
+
+
 def is_packed(step: Step) -> bool:
-    """Whether the body is one requantization to bytes, perhaps with a table on them."""
+    """Whether the body is one requantization to bytes, perhaps behind a clip, perhaps with a table on the bytes."""
     ops = [node.op for node in step.body]
-    if ops not in (["requantize"], ["requantize", "lookup"]) or step.writes != (step.body[-1].name,):
+    forms = [[*clip, "requantize", *table] for clip in ([], ["clip"]) for table in ([], ["lookup"])]
+    if ops not in forms or step.writes != (step.body[-1].name,):
         return False
-    if step.body[0].inputs != (step.name,) or any(node.inputs != (step.body[0].name,) for node in step.body[1:]):
+    before = [step.name, *(node.name for node in step.body)]
+    if any(node.inputs != (name,) for node, name in zip(step.body, before, strict=False)):
         return False
-    return all(node.type.bits <= 8 for node in step.body) and step.body[-1].arrays.get("table", np.zeros(1)).ndim == 1
+    in_bytes = all(node.type.bits <= 8 for node in step.body if node.op != "clip")
+    return in_bytes and step.body[-1].arrays.get("table", np.zeros(1)).ndim == 1
 
 
 def fits_bytes(plan: Plan, step: Step) -> bool:
     """Whether :class:`ByteKernel` has a form for a step with an 8-bit input."""
     if not is_packed(step):
         return step.shape[0] >= BYTES and step.shape[0] % LANES == 0
-    total, node = plan.types[step.name], step.body[0]
+    node = _requantization(step)
+    total = plan.types[node.inputs[0]]
     return rescale_mode(node, (total.lo, total.hi)) != "wide"

@@ -10,6 +10,8 @@ high    shifts of at least 32: the high halves of 64-bit products of the even an
         where the shift is more than 32 (a floor of a floor is the floor of the whole)
 pairs   any shifts: 64-bit products of the even and the odd lanes
 wide    int64 lanes throughout: results beyond int32, and halves to even where a tie can occur
+
+All but the halves to even are a floor of the product plus a half; rounding "down" adds zero instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,10 +101,10 @@ class Splats:
 Pack = Callable[[np.ndarray], "Constants | Splats"]
 
 
-def _mode(m: np.ndarray, e: np.ndarray, x: tuple[int, int], even: bool, vnni: bool) -> str:
+def _mode(m: np.ndarray, e: np.ndarray, x: tuple[int, int], rounding: str, vnni: bool) -> str:
     """Form of a rescaling (int64 m and e) of operands in [x[0], x[1]]."""
-    reach = max(abs(x[0]), abs(x[1]))
-    ends = [ROUNDING["up"](np.int64(bound), m, e) for bound in x]
+    reach, even = max(abs(x[0]), abs(x[1])), rounding == "even"
+    ends = [ROUNDING[rounding](np.int64(bound), m, e) for bound in x]
     fits = max(abs(int(end.min())) for end in ends) < INT32 and max(abs(int(end.max())) for end in ends) < INT32
     ties = even and not all(tie_is_impossible(int(a), int(b), reach) for a, b in zip(m.ravel(), e.ravel(), strict=True))
     if ties or not fits or reach >= INT32:
@@ -116,7 +118,7 @@ def _mode(m: np.ndarray, e: np.ndarray, x: tuple[int, int], even: bool, vnni: bo
 def rescale_mode(node: Node, x: tuple[int, int]) -> str:
     """Form of the rescaling of a requantize node whose operand is in [x[0], x[1]]."""
     m, e = (node.arrays[key].astype(np.int64) for key in ("multiplier", "shift"))
-    return _mode(m, e, x, node.attrs["rounding"] == "even", False)
+    return _mode(m, e, x, node.attrs["rounding"], False)
 
 
 class Rescale:
@@ -137,8 +139,8 @@ class Rescale:
         vnni: bool = False,
     ):
         m64, e64 = m.astype(np.int64), e.astype(np.int64)
-        self.source, self.even = source, rounding == "even"
-        self.mode = _mode(m64, e64, x, self.even, vnni)
+        self.source, self.rounding = source, rounding
+        self.mode = _mode(m64, e64, x, rounding, vnni)
         ends = [ROUNDING[rounding](np.int64(bound), m64, e64) for bound in x]
         self.lo, self.hi = int(min(end.min() for end in ends)), int(max(end.max() for end in ends))
         self.m = pack(m.ravel())
@@ -151,21 +153,24 @@ class Rescale:
         m = self.m.vector(block)
         e = self.e.vector(block) if self.e else ""
         if self.mode in ("short", "narrow"):
-            half = let(f"T.shift_left({splat(1)}, {e} - {splat(1)})")
+            half = self._half(e, splat(1))
             return lambda x: Value(let(f"T.shift_right({self._product(x.name, m, half)}, {e})"))
         if self.mode == "wide":
             return self._wide(m, e)
         me, mo = self._pair(m)
-        half64 = "T.Broadcast(T.int64(2147483648), 8)"
         if not e:
+            half64 = f"T.Broadcast(T.int64({0 if self.rounding == 'down' else 1 << (CHEAP_SHIFT - 1)}), 8)"
             return lambda x: Value(self._high(x, (me, mo), (half64, half64)))
         ee, eo = self._pair(e)
-        one = "T.Broadcast(T.int64(1), 8)"
-        halves = tuple(let(f"T.shift_left({one}, {s} - {one})") for s in (ee, eo))
+        halves = tuple(self._half(s, "T.Broadcast(T.int64(1), 8)") for s in (ee, eo))
         if self.mode == "pairs":
             return lambda x: self._joined(x, (me, mo), (halves[0], halves[1]), (ee, eo))
         rest = let(f"{e} - {splat(CHEAP_SHIFT)}")
         return lambda x: Value(let(f"T.shift_right({self._high(x, (me, mo), (halves[0], halves[1]))}, {rest})"))
+
+    def _half(self, e: str, one: str) -> str:
+        """What is added before shifts e, a vector like ``one``."""
+        return self.source.let(f"{one} - {one}" if self.rounding == "down" else f"T.shift_left({one}, {e} - {one})")
 
     def _product(self, x: str, m: str, half: str) -> str:
         """x * m + half in int32 lanes."""
@@ -202,9 +207,9 @@ class Rescale:
         let = self.source.let
         one = splat(1, wide=True)
         m64, e64 = (let(f'T.cast({x}, "int64x16")') for x in (m, e))
-        half = let(f"T.shift_left({one}, {e64} - {one})")
+        half = self._half(e64, one)
 
-        def up(x: Value) -> Value:
+        def floored(x: Value) -> Value:
             return Value(let(f"T.shift_right({x.as_wide()} * {m64} + {half}, {e64})"), True)
 
         def even(x: Value) -> Value:
@@ -212,20 +217,20 @@ class Rescale:
             odd = f"T.bitwise_and(T.shift_right({product}, {e64}), {one})"
             return Value(let(f"T.shift_right({product} + {half} - {one} + {odd}, {e64})"), True)
 
-        return even if self.even else up
+        return even if self.rounding == "even" else floored
 
 
 def clamp(source: Source, x: Value, reach: tuple[int, int], lo: int | None, hi: int | None) -> Value:
-    """min(max(x, lo), hi) where ``reach``, the bounds of x, needs it; narrow again once the bounds allow."""
+    """min(max(x, lo), hi) where ``reach``, the bounds of x, needs it; narrow: what a node gives is proved to fit int32,
+    by bounds that may be tighter than ``reach``."""
     text, wide = x.name, x.wide
     if hi is not None and reach[1] > hi:
         text = f"T.min({text}, {splat(hi, wide)})"
     if lo is not None and reach[0] < lo:
         text = f"T.max({text}, {splat(lo, wide)})"
-    bounds = (max(reach[0], lo) if lo is not None else reach[0], min(reach[1], hi) if hi is not None else reach[1])
-    if wide and bounds[0] >= -INT32 and bounds[1] < INT32:
+    if wide:
         return Value(source.let(f'T.cast({text}, "int32x16")'))
-    return x if text == x.name else Value(source.let(text), wide)
+    return x if text == x.name else Value(source.let(text))
 
 
 Apply = Callable[[Sequence[Value]], Value]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.tvm_benchmark.kernels import clamp_attrs, finished, image, requantized
+from tests.tvm_benchmark.kernels import clamp_attrs, finished, image, relu, relu6, requantized, unclamped_sum
 from utils.integer_graph.ir import Graph, Node
 from utils.integer_graph.ops import make_node
 
@@ -47,7 +47,8 @@ class Case:
     linear.
 
     view: "whole", "slice" or "concat".  residual: what is added to the second convolution, "stored" (the 16-bit
-    tensor), or a shortcut convolution that comes "before" or "after" it.
+    tensor), or a shortcut convolution that comes "before" or "after" it.  original: with the arithmetic of the original
+    HAWQ, that is halves to even, 31-bit multipliers, accumulators clipped by channels, sums that are not clamped.
     """
 
     first: Shape
@@ -60,6 +61,7 @@ class Case:
     batch: int
     flat: bool
     seed: int
+    original: bool = False
 
 
 def seen(case: Case) -> list[Node]:
@@ -80,24 +82,34 @@ def seen(case: Case) -> list[Node]:
     return [*nodes, make_node("slice", "gather", [nodes[-1]], arrays={"index": index})]
 
 
+def joined(case: Case, branches: list[Node], rng: np.random.Generator) -> tuple[Node, Node]:
+    """The sum of two branches, and that clipped."""
+    if case.original:
+        total = unclamped_sum("sum", branches, seed=case.seed)
+        return total, relu(total)
+    scale = {"multiplier0": np.full(1, 1 << 24, np.int32), "shift0": np.full(1, 32, np.uint8)}
+    scale |= {"multiplier1": np.full(1, 3 << 20, np.int32), "shift1": np.full(1, 22, np.uint8)}
+    total = make_node("sum", "add", branches, attrs=clamp_attrs(16), arrays=scale)
+    bounds = {"lo": np.full(1, -30000, np.int32), "hi": rng.integers(0, 30000, 1).astype(np.int32)}
+    return total, make_node("clipped", "clip", [total], arrays=bounds)
+
+
 def graph_of(case: Case) -> Graph:
     """The network of a case, verified."""
     rng = np.random.default_rng(case.seed)
     nodes = seen(case)
+    rounding = "even" if case.original else "up"
     one = conv("one", nodes[-1], case.first, rng)
-    wide = requantized(one, bits=16, seed=case.seed)
-    low = requantized(wide, signed=case.signed, seed=case.seed)
+    clips = [relu6(one, case.seed)] if case.original else []
+    wide = requantized([one, *clips][-1], bits=16, rounding=rounding, seed=case.seed)
+    low = requantized(wide, signed=case.signed, rounding=rounding, seed=case.seed)
     two, other = conv("two", low, case.second, rng), wide
     if case.residual != "stored":
         other = conv("shortcut", nodes[-1], case.first, rng)
-    scale = {"multiplier0": np.full(1, 1 << 24, np.int32), "shift0": np.full(1, 32, np.uint8)}
-    scale |= {"multiplier1": np.full(1, 3 << 20, np.int32), "shift1": np.full(1, 22, np.uint8)}
-    total = make_node("sum", "add", [two, other], attrs=clamp_attrs(16), arrays=scale)
-    bounds = {"lo": np.full(1, -30000, np.int32), "hi": rng.integers(0, 30000, 1).astype(np.int32)}
-    clipped = make_node("clipped", "clip", [total], arrays=bounds)
-    last = requantized(clipped, signed=not case.signed, seed=case.seed)
+    total, clipped = joined(case, [two, other], rng)
+    last = requantized(clipped, signed=not case.signed, rounding=rounding, seed=case.seed)
     branches = {"stored": [two], "before": [other, two], "after": [two, other]}[case.residual]
-    nodes += [one, wide, low, *branches, total, clipped, last]
+    nodes += [one, *clips, wide, low, *branches, total, clipped, last]
     if case.flat:
         flat = make_node("vector", "reshape", [last], attrs={"shape": [int(np.prod(last.type.shape))]})
         arrays = weights(rng, flat, (int(rng.integers(1, 40)), *flat.type.shape), case.first.bits)
@@ -159,6 +171,7 @@ def cases(draw: st.DrawFn) -> Case:
         batch=draw(st.sampled_from((1, 3))),
         flat=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        original=draw(st.booleans()),
     )
 
 

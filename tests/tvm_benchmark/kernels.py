@@ -1,13 +1,13 @@
 """Runs small graphs through the compiler and compares every stored tensor with the interpreter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tvm_benchmark.isa import TARGETS, Target, runs_here
 from tvm_benchmark.lowering import Emit, build, lower
-from tvm_benchmark.plan import make_plan
+from tvm_benchmark.plan import Plan, make_plan
 from utils.integer_graph import interpreter
 from utils.integer_graph.ir import Graph, Node
 from utils.integer_graph.ops import make_node, verify
@@ -31,6 +31,41 @@ def dyadic_arrays(rng: np.random.Generator, count: int, ratio: float, suffix: st
     return {f"multiplier{suffix}": m.astype(np.int32), f"shift{suffix}": e.astype(np.uint8)}
 
 
+def wide_arrays(rng: np.random.Generator, count: int, ratio: float, suffix: str = "") -> dict[str, np.ndarray]:
+    """Multipliers m / 2**e around a ratio, m in [2**30, 2**31) as the original HAWQ has them; if several, one is the
+    smallest of all, that of a dead channel."""
+    fraction, exponent = np.frexp(ratio * rng.uniform(0.5, 1.5, count))
+    m, e = np.floor(fraction * 2.0**31), 31 - exponent
+    if count > 1:
+        m[-1], e[-1] = 1, 62
+    return {f"multiplier{suffix}": m.astype(np.int32), f"shift{suffix}": e.astype(np.uint8)}
+
+
+def unclamped_sum(name: str, branches: Sequence[Node], reach: int = 1 << 17, seed: int = 0) -> Node:
+    """Branches rescaled to values of up to about ``reach``, halves to even, added, in 32 bits."""
+    attrs = {"rounding": "even", "lo": None, "hi": None, "bits": 32, "signed": True}
+    arrays, rng = {}, np.random.default_rng(seed)
+    for i, x in enumerate(branches):
+        ratio = min(reach / max(-x.type.lo, x.type.hi, 1), 1000.0)
+        arrays |= wide_arrays(rng, x.type.shape[0] if x.op == "conv2d" else 1, ratio, str(i))
+    return make_node(name, "add", branches, attrs=attrs, arrays=arrays)
+
+
+def relu(x: Node) -> Node:
+    """A clip at 0 that leaves the rest of the type."""
+    most = (1 << (x.type.bits - x.type.signed)) - 1
+    return make_node(
+        f"{x.name}.relu", "clip", [x], arrays={"lo": np.zeros(1, np.int32), "hi": np.full(1, most, np.int32)}
+    )
+
+
+def relu6(x: Node, seed: int = 0) -> Node:
+    """A clip at 0 and at another bound for each channel, within the reach of x."""
+    channels, most = x.type.shape[0], max(x.type.hi, 2)
+    hi = np.random.default_rng(seed).integers(most // 4, most, channels).astype(np.int32)
+    return make_node(f"{x.name}.relu6", "clip", [x], arrays={"lo": np.zeros(channels, np.int32), "hi": hi})
+
+
 def clamp_attrs(bits: int = 8, signed: bool = True, rounding: str = "up") -> dict[str, Any]:
     """Attributes of a clamp to a whole type."""
     lo, hi = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
@@ -38,10 +73,12 @@ def clamp_attrs(bits: int = 8, signed: bool = True, rounding: str = "up") -> dic
 
 
 def requantized(x: Node, *, bits: int = 8, signed: bool = True, rounding: str = "up", seed: int = 0) -> Node:
-    """A requantization for each channel that spreads a tensor over its whole new type."""
+    """A requantization for each channel that spreads a tensor over its whole new type; 31-bit multipliers where halves
+    go to even."""
     attrs = clamp_attrs(bits, signed, rounding)
     ratio = 1.5 * (attrs["hi"] - attrs["lo"]) / max(x.type.hi - x.type.lo, 1)
-    arrays = dyadic_arrays(np.random.default_rng(seed), x.type.shape[0], min(ratio, 1000.0))
+    multipliers = wide_arrays if rounding == "even" else dyadic_arrays
+    arrays = multipliers(np.random.default_rng(seed), x.type.shape[0], min(ratio, 1000.0))
     return make_node(f"{x.name}.q", "requantize", [x], attrs=attrs, arrays=arrays)
 
 
@@ -74,23 +111,35 @@ def finished(nodes: Sequence[Node], last: Node | None = None) -> Graph:
 
 def check(graph: Graph, target: Target, *, batch: int = 1, seed: int = 0, emit_conv: Emit | None = None) -> list[str]:
     """Compile (dense layers with ``emit_conv``), run, compare every stored tensor.  Returns the kinds of the steps."""
-    import tvm
-
     first, rng = graph.nodes[0], np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (batch, *first.type.shape)).astype(np.uint8)
     images = pixels if first.op == "image" else (pixels.astype(np.float32) - 128) * np.float32(0.02)
     plan = make_plan(graph, batch)
-    lowered = lower(plan, target, emit_conv=emit_conv, keep=True)
-    space = tvm.runtime.tensor(rng.integers(0, 256, lowered.space_bytes).astype(np.uint8))
-    build(lowered, target)["main"](space, tvm.runtime.tensor(lowered.weights), tvm.runtime.tensor(images.ravel()))
-    expected = interpreter.run(graph, images, keep=True)
-    memory = space.numpy()
-    for name, place in lowered.tensors.items():
-        if name in expected:
-            np.testing.assert_array_equal(
-                _read(memory, place, batch), expected[name].reshape(batch, *place["shape"]), name
-            )
+    check_values(stored_values(plan, target, images, emit_conv=emit_conv), graph, images)
     return [step.kind for step in plan.steps]
+
+
+def check_values(values: Mapping[str, np.ndarray], graph: Graph, images: np.ndarray) -> None:
+    """Compare what a compiled graph stored for images with the interpreter's tensors of the same names."""
+    expected = interpreter.run(graph, images, keep=True)
+    assert graph.nodes[-1].name in values
+    for name, value in values.items():
+        if name in expected:
+            np.testing.assert_array_equal(value, expected[name].reshape(value.shape), name)
+
+
+def stored_values(
+    plan: Plan, target: Target, images: np.ndarray, *, emit_conv: Emit | None = None
+) -> dict[str, np.ndarray]:
+    """Compile and run: every tensor that the plan stores, [N, C, H, W], int64 (the logits float32)."""
+    import tvm
+
+    lowered = lower(plan, target, emit_conv=emit_conv, keep=True)
+    rubbish = np.random.default_rng(0).integers(0, 256, lowered.space_bytes, dtype=np.uint8)
+    space = tvm.runtime.tensor(rubbish)
+    build(lowered, target)["main"](space, tvm.runtime.tensor(lowered.weights), tvm.runtime.tensor(images.ravel()))
+    memory = space.numpy()
+    return {name: _read(memory, place, plan.batch) for name, place in lowered.tensors.items()}
 
 
 def _read(memory: np.ndarray, place: dict[str, Any], batch: int) -> np.ndarray:

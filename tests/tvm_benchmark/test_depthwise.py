@@ -11,9 +11,10 @@ from tests.tvm_benchmark.kernels import (
     dyadic_arrays,
     finished,
     image,
+    relu6,
     requantized,
 )
-from tvm_benchmark.depthwise_bytes import ByteKernel, Reach, Tile, best_tile
+from tvm_benchmark.depthwise_bytes import ByteKernel, Reach, Tile, best_tile, fits_bytes, is_packed
 from tvm_benchmark.isa import Target
 from tvm_benchmark.plan import make_plan
 from utils.integer_graph.ir import Node
@@ -76,6 +77,32 @@ def test_other_bodies_take_lanes(target: Target, channels: int) -> None:
     arrays = {**dyadic_arrays(rng, 1, 1.5, "0"), **dyadic_arrays(rng, channels, 0.01, "1")}
     total = make_node("sum", "add", [q, y], attrs=clamp_attrs(16), arrays=arrays)
     check(finished([x, y, q, total]), target)
+
+
+@EACH
+@pytest.mark.parametrize("channels", [24, 70, 96])
+def test_a_clip_of_channels_in_front(target: Target, channels: int) -> None:
+    """On bytes too; halves to even, 31-bit multipliers."""
+    x = image((channels, 5, 6))
+    y = depthwise(x, (3, 3), padding=(1, 1, 1, 1))
+    clipped = relu6(y)
+    q = requantized(clipped, rounding="even")
+    check(finished([x, y, clipped, q]), target, batch=2)
+
+
+@FAST
+@pytest.mark.parametrize("table", [False, True])
+def test_a_clip_is_no_obstacle_to_bytes(target: Target, table: bool) -> None:
+    x = image((64, 5, 6))
+    y = depthwise(x, (3, 3), padding=(1, 1, 1, 1))
+    clipped = relu6(y)
+    q = requantized(clipped, signed=False, rounding="even")
+    graph = finished([x, y, clipped, q, *([with_table(q)] if table else [])])
+    plan = make_plan(graph, 1)
+    step = next(step for step in plan.steps if step.kind == "depthwise")
+    assert is_packed(step)
+    assert fits_bytes(plan, step)
+    check(graph, target)
 
 
 @FAST

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tvm_benchmark.dense_graphs import Shape, conv
-from tests.tvm_benchmark.kernels import clamp_attrs, depthwise, finished, image, requantized
+from tests.tvm_benchmark.kernels import (
+    clamp_attrs,
+    depthwise,
+    finished,
+    image,
+    relu,
+    relu6,
+    requantized,
+    unclamped_sum,
+)
 from tvm_benchmark.layout import NO_HALO
 from tvm_benchmark.plan import Plan, Step, make_plan
 from utils.errors import UserError
@@ -109,6 +118,25 @@ def test_a_shortcut_convolution_is_computed_with_the_sum() -> None:
     assert [node.name for node in step.anchors] == ["two", "short"]
     assert (step.inputs, step.reads, step.writes) == (("one.q", "image"), (), ("sum",))
     assert "short" not in {s.name for s in plan.steps} | set(plan.views)
+
+
+def test_a_residual_unit_of_the_original_is_one_step() -> None:
+    """Accumulators and the shortcut's, added without a clamp, clipped, rescaled for the next unit."""
+    one, short = conv("one", X, POINT), conv("short", X, POINT)
+    clipped = relu6(one)
+    low = requantized(clipped, rounding="even")
+    two = conv("two", low, POINT)
+    total = unclamped_sum("sum", [short, two])
+    following = requantized(relu(total), rounding="even")
+    plan = planned(
+        X, short, one, clipped, low, two, total, relu(total), following, unclamped_sum("next", [relu(total)])
+    )
+    assert body(step_named(plan, "one")) == ["one.relu6", "one.relu6.q"]
+    assert step_named(plan, "one").writes == ("one.relu6.q",)
+    step = step_named(plan, "two")
+    assert [node.name for node in step.anchors] == ["two", "short"]
+    assert body(step) == ["sum", "sum.relu", "sum.relu.q", "next"]
+    assert not step.reads
 
 
 @pytest.mark.parametrize("reason", ["groups", "depthwise", "another reader"])

@@ -3,51 +3,71 @@
 import numpy as np
 import pytest
 
-from tests.tvm_benchmark.kernels import KERNEL_TARGETS, check, clamp_attrs, finished, image
+from tests.tvm_benchmark.kernels import (
+    KERNEL_TARGETS,
+    check,
+    clamp_attrs,
+    finished,
+    image,
+    relu,
+    requantized,
+    unclamped_sum,
+)
 from tvm_benchmark.isa import Target
 from tvm_benchmark.pointwise import block_channels, block_start, blocks, rescale_mode
 from utils.integer_graph.ir import Node
 from utils.integer_graph.ops import make_node
+from utils.quantization_utils.dyadic import ROUNDING
 
 pytestmark = pytest.mark.tvm
 EACH = pytest.mark.parametrize("target", KERNEL_TARGETS, ids=lambda target: target.name)
 
-# Mode -> multiplier and shift of two kinds of channels, rounding.  Operands are 16-bit.
-FORMS = {
-    "narrow": ((3, 5), (6, 9), "up"),
-    "high": ((1 << 24, (1 << 31) - 1), (32, 32), "up"),
-    "pairs": ((1 << 30, (1 << 30) + 12345), (40, 31), "up"),
-    "wide": ((1 << 20, (1 << 31) - 1), (25, 33), "even"),
-}
+# Mode, multiplier and shift of two kinds of channels, rounding.  Operands are 16-bit.
+FORMS = (
+    ("narrow", (3, 5), (6, 9), "up"),
+    ("narrow", (3, 5), (6, 9), "down"),
+    ("high", (1 << 24, (1 << 31) - 1), (32, 32), "up"),
+    ("high", (1 << 24, (1 << 31) - 1), (32, 32), "down"),
+    ("high", (1 << 24, (1 << 31) - 1), (32, 37), "down"),
+    ("high", ((1 << 30) + 1, (1 << 31) - 1), (32, 32), "even"),
+    ("high", ((1 << 30) + 2, 1), (33, 62), "even"),
+    ("pairs", (1 << 30, (1 << 30) + 12345), (40, 31), "up"),
+    ("pairs", (1 << 30, (1 << 30) + 12345), (40, 31), "down"),
+    ("pairs", ((1 << 31) - 1, (1 << 30) + 12345), (62, 31), "even"),
+    ("wide", (1 << 20, (1 << 31) - 1), (25, 33), "even"),
+    ("pairs", (1 << 30, 1), (30, 62), "even"),
+)
+ROUNDINGS = pytest.mark.parametrize("rounding", list(ROUNDING))
 
 
 def signed16(channels: int) -> Node:
     return image((channels, 3, 5), bits=16, signed=True)
 
 
-def rescaled(x: Node, form: str) -> Node:
-    (m, e, rounding), channels = FORMS[form], x.type.shape[0]
+def rescaled(x: Node, m: tuple[int, int], e: tuple[int, int], rounding: str) -> Node:
+    channels = x.type.shape[0]
     arrays = {"multiplier": np.resize(m, channels).astype(np.int32), "shift": np.resize(e, channels).astype(np.uint8)}
     return make_node("y", "requantize", [x], attrs=clamp_attrs(16, rounding=rounding), arrays=arrays)
 
 
 @EACH
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_rescaling(target: Target, form: str) -> None:
-    x = signed16(18)
-    y = rescaled(x, form)
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: f"{row[0]} {row[3]} {row[2]}")
+def test_forms_of_rescaling(target: Target, row: tuple) -> None:
+    form, x = row[0], signed16(18)
+    y = rescaled(x, *row[1:])
     assert rescale_mode(y, (x.type.lo, x.type.hi)) == form
     check(finished([x, y]), target)
 
 
 @EACH
-def test_results_beyond_int32_before_the_clamp(target: Target) -> None:
-    x = signed16(3)
+@ROUNDINGS
+def test_results_beyond_int32_before_the_clamp(target: Target, rounding: str) -> None:
+    x, attrs = signed16(3), clamp_attrs(16, rounding=rounding)
     arrays = {"multiplier": np.array([1 << 30], np.int32), "shift": np.array([4], np.uint8)}
-    y = make_node("y", "requantize", [x], attrs=clamp_attrs(16), arrays=arrays)
+    y = make_node("y", "requantize", [x], attrs=attrs, arrays=arrays)
     assert rescale_mode(y, (x.type.lo, x.type.hi)) == "wide"
     both = {f"{key}{i}": value for key, value in arrays.items() for i in (0, 1)}
-    z = make_node("z", "add", [x, y], attrs=clamp_attrs(16), arrays=both)
+    z = make_node("z", "add", [x, y], attrs=attrs, arrays=both)
     check(finished([x, y, z]), target)
 
 
@@ -65,6 +85,30 @@ def test_clip_of_channels(target: Target, channels: int) -> None:
     x = image((channels, 2, 3), signed=True)
     bounds = {"lo": np.arange(channels, dtype=np.int32) - 60, "hi": np.arange(channels, dtype=np.int32) * 2}
     check(finished([x, make_node("y", "clip", [x], arrays=bounds)]), target)
+
+
+@EACH
+def test_a_sum_of_32_bits_whose_branches_have_their_extremes_in_other_channels(target: Target) -> None:
+    """Each branch reaches 2**31, their sum does not: one channel takes the first branch, the other the second."""
+    x = signed16(2)
+    attrs = {"rounding": "even", "lo": None, "hi": None, "bits": 32, "signed": True}
+    arrays = {f"multiplier{i}": np.array([1 << 30, 1 << 30], np.int32) for i in (0, 1)}
+    arrays |= {"shift0": np.array([15, 30], np.uint8), "shift1": np.array([30, 15], np.uint8)}
+    arrays = {key: value - (key.startswith("multiplier")) * 40000 for key, value in arrays.items()}
+    y = make_node("y", "add", [x, x], attrs=attrs, arrays=arrays)
+    assert 2**29 < y.type.hi < 2**31
+    check(finished([x, y, relu(y), requantized(relu(y), rounding="even")]), target)
+
+
+@EACH
+@pytest.mark.parametrize("channels", [5, 40])
+def test_sums_that_are_not_clamped(target: Target, channels: int) -> None:
+    """Stored in 32 bits, clipped, rescaled to 8 bits, and read again by the next sum."""
+    x = image((channels, 3, 4), bits=16, signed=True)
+    one = relu(unclamped_sum("one", [x, x], 1 << 20))
+    two = relu(unclamped_sum("two", [one, x], 1 << 28))
+    nodes = [x, unclamped_sum("one", [x, x], 1 << 20), one, unclamped_sum("two", [one, x], 1 << 28), two]
+    check(finished([*nodes, requantized(two, rounding="even")]), target, batch=2)
 
 
 TABLES = {

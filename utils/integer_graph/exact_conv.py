@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.integer_graph.type_rules import accumulator_bounds
+from utils.integer_graph.type_rules import FLOAT32_LIMIT, accumulator_bounds
 
-FLOAT32_LIMIT = 1 << 24
 CHUNK_COST = 0.1  # a further chunk costs about a tenth of the whole product: a slice, a launch, a sum
 FLOAT64_COST = 3.0  # of one float32 product
 

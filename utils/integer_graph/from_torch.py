@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data_utils import normalize
 from utils.errors import UserError
 from utils.integer_graph.converted import Pending, Value, element_numbers, live, moved, stored_shape, value_of_shape
+from utils.integer_graph.input_table import pixel_table
 from utils.integer_graph.ir import FORMAT_VERSION, Graph, Node
 from utils.integer_graph.movement import materialise
 from utils.integer_graph.ops import make_node, verify
@@ -107,20 +107,11 @@ def _multipliers(source: Value, quantizer: Quantizer) -> tuple[np.ndarray, np.nd
 
 def _input(c: _Converter, op: Op) -> Pending:
     def finish(name: str, quantizer: Quantizer) -> Node:
-        table = _input_table(c.preprocess, quantizer)
+        table = pixel_table(c.preprocess, float(quantizer.scale.cpu().reciprocal()), *quantizer.bounds())
         attrs = {"shape": list(op.shape), "bits": quantizer.bits, "signed": quantizer.signed}
         return make_node(name, "image", attrs=attrs, arrays={"table": table}, scale=_scalar(quantizer.scale))
 
     return Pending(finish)
-
-
-def _input_table(preprocess: Preprocess, quantizer: Quantizer) -> np.ndarray:
-    """int16 [C, 256]: what the quantizer makes of every possible pixel, by the very expression training uses."""
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1).expand(256, preprocess.channels, 1, 1)
-    real = normalize(pixels, preprocess)[:, :, 0, 0]
-    lo, hi = quantizer.bounds()
-    scale = quantizer.scale.cpu()
-    return (real * scale.reciprocal()).round().clamp(lo, hi).to(torch.int16).numpy().T
 
 
 def _layer(c: _Converter, op: Op) -> Value:

@@ -1,7 +1,9 @@
 """The table of operations: one row per op, holding its type rule, its numpy reference and what it needs.
 
 ``make_node`` builds a checked node from a row, ``verify`` proves a whole graph.  Activations are integers; ``lo`` and
-``hi`` attributes are the clamp (an integer or null for none), ``bits`` and ``signed`` the storage of the result.
+``hi`` attributes are the clamp (an integer or null for none), ``bits`` and ``signed`` the storage of the result,
+``rounding`` is a rule of ``dyadic.ROUNDING``: "up", "even" (halves) or "down" (no rounding).  Sums that are not clamped
+are stored in 32 bits, where their proven bounds allow it.
 
 ===========  ==========================================================================================================
 op           meaning, attributes and arrays
@@ -12,13 +14,14 @@ quantize     first node: float32 [N, *shape], clamp(rne(fl(x * inverse_scale)));
 conv2d       ``weight`` int8 [O, I/groups, kh, kw], ``bias`` int32 [O]; stride, dilation [2], padding [top, bottom,
              left, right], groups, weight_bits; 32-bit accumulators
 linear       ``weight`` int8 [O, K], ``bias`` int32 [O]; weight_bits; 32-bit accumulators
-requantize   ``multiplier`` int32, ``shift`` uint8 [C] or [1]; rounding "up" | "even", lo, hi, bits, signed
+requantize   ``multiplier`` int32, ``shift`` uint8 [C] or [1]; rounding, lo, hi, bits, signed
 add          ``multiplier0``, ``shift0``, ``multiplier1`` ...: every branch requantized, summed, one clamp
 concat       arrays as add: every branch requantized, clamped, joined along the channels
 mul          broadcast product of two inputs of equal rank, ``multiplier``, ``shift`` [1], clamp
-clip         ``lo``, ``hi`` int32 [C] or [1]
+clip         ``lo``, ``hi`` int32 [C] or [1] within the input's type, accumulators included
 max_pool     kernel, stride, padding, dilation [2], ceil_mode (torch's meaning)
-avg_pool     row_start, row_stop, col_start, col_stop: windows; ``multiplier``, ``shift`` [Ho, Wo] or [1, 1]
+avg_pool     row_start, row_stop, col_start, col_stop: windows; ``multiplier``, ``shift`` [Ho, Wo] or [1, 1], clamp
+             (``dyadic.floor_dyadic`` and rounding "down" give the floor of the mean)
 lookup       ``table`` int16 [T] or [C, T]; offset, bits, signed: table[x - offset]
 gather       ``index`` int32: channels of the result, -1 for zeros
 pad2d        padding [top, bottom, left, right], zeros; negative values crop

@@ -1,7 +1,7 @@
 """Requantization of float tensors that hold integers, exact, in pieces that stay in the processor's cache.
 
-The rule is ``dyadic.requantize``; here ``floor((acc * m + 2**(e-1)) / 2**e)`` is computed in float64, which is exact
-under one of two proofs, chosen per branch when the engine is built:
+The rules are those of ``dyadic.ROUNDING``; here ``floor((acc * m + 2**(e-1)) / 2**e)`` (rounding "down": without the
+half) is computed in float64, which is exact under one of two proofs, chosen per branch when the engine is built:
 
 - one product: |acc| * m + 2**(e-1) <= 2**53, so acc * (m / 2**e) + 1/2 is a float64 without rounding;
 - two limbs, m = 2**16 * mh + ml: floor((A * 2**16 + B) / 2**e) = floor((A + floor(B / 2**16)) / 2**(e-16)), where A
@@ -114,12 +114,12 @@ def plan_branch(dyadic: Dyadic, device: torch.device) -> Branch:
     rows = [(r + abs(b), m, e) for r, b, m, e in distinct.tolist()]  # Python integers: the proof cannot overflow
     reach = max(bound * m + (1 << (e - 1)) for bound, m, e in rows)
     apply: Apply
-    up = dyadic.rounding == "up" or all(tie_is_impossible(m, e, bound) for bound, m, e in rows)
+    floors = dyadic.rounding != "even" or all(tie_is_impossible(m, e, bound) for bound, m, e in rows)
     if all(m == 1 << e for _, m, e in rows) and not dyadic.bias.any():
         apply = _identity
     elif reach <= FLOAT64_LIMIT:
-        apply = _one_product(dyadic, up, device)
-    elif up and all(e > LIMB for _, _, e in rows):
+        apply = _one_product(dyadic, floors, device)
+    elif floors and all(e > LIMB for _, _, e in rows):
         apply = _two_limbs(dyadic, device)
     else:
         apply = _int64(dyadic, device)
@@ -135,14 +135,21 @@ def _scaled(integers: np.ndarray, shift: np.ndarray | int, device: torch.device)
     return torch.from_numpy(np.ldexp(integers.astype(np.float64), -shift)).to(device)
 
 
-def _one_product(dyadic: Dyadic, up: bool, device: torch.device) -> Apply:
-    half = (1 << (dyadic.shift - 1)) if up else 0
+def _added(dyadic: Dyadic) -> np.ndarray:
+    """What acc * m is increased by before the floor: the bias and, but for rounding "down", the half; int64 [width]."""
+    half = (1 << (dyadic.shift - 1)) if dyadic.rounding != "down" else 0
+    total: np.ndarray = dyadic.bias * dyadic.multiplier + half
+    return total
+
+
+def _one_product(dyadic: Dyadic, floors: bool, device: torch.device) -> Apply:
+    constant = _added(dyadic) if floors else dyadic.bias * dyadic.multiplier
     m = _scaled(dyadic.multiplier, dyadic.shift, device)
-    c = _scaled(dyadic.bias * dyadic.multiplier + half, dyadic.shift, device)
+    c = _scaled(constant, dyadic.shift, device)
 
     def apply(acc: torch.Tensor, spare: torch.Tensor) -> None:
         torch.addcmul(c, acc, m, out=acc)
-        if up:
+        if floors:
             acc.floor_()
         else:
             acc.round_()
@@ -151,7 +158,7 @@ def _one_product(dyadic: Dyadic, up: bool, device: torch.device) -> Apply:
 
 
 def _two_limbs(dyadic: Dyadic, device: torch.device) -> Apply:
-    constant = dyadic.bias * dyadic.multiplier + (1 << (dyadic.shift - 1))
+    constant = _added(dyadic)
     low_mask, rest = (1 << LIMB) - 1, dyadic.shift - LIMB
     m_low = _scaled(dyadic.multiplier & low_mask, LIMB, device)
     c_low = _scaled(constant & low_mask, LIMB, device)

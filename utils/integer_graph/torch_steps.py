@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from utils.errors import UserError
 from utils.integer_graph import float_islands
-from utils.integer_graph.exact_conv import FLOAT32_LIMIT, Piece, split
+from utils.integer_graph.exact_conv import Piece, split
 from utils.integer_graph.ir import Node, TensorType
 from utils.integer_graph.torch_rescale import (
     Accumulator,
@@ -28,7 +28,7 @@ from utils.integer_graph.torch_rescale import (
     repeats,
     rescale_sum,
 )
-from utils.integer_graph.type_rules import accumulator_bounds
+from utils.integer_graph.type_rules import FLOAT32_LIMIT, accumulator_bounds
 
 Step = Callable[[Sequence[Value]], Value]
 
@@ -245,12 +245,14 @@ def mul(node: Node, context: Context) -> Step:
 def clip(node: Node, context: Context) -> Step:
     """min(max(x, lo), hi) along the last axis."""
     lo, hi = (context.tensor(node.arrays[key], torch.float64) for key in ("lo", "hi"))
-    lo32, hi32 = lo.float(), hi.float()  # rounded only where no float32 input can reach them
+    lo32, hi32 = lo.float(), hi.float()  # rounded only where no result that float32 holds can reach them
+    wide = storage(node.type) == torch.float64
 
     def step(inputs: Sequence[Value]) -> Value:
         x = dense(inputs[0])
-        bounds = (lo, hi) if x.dtype == torch.float64 else (lo32, hi32)
-        return torch.clamp(x, *bounds)
+        if wide or x.dtype == torch.float64:
+            return torch.clamp(x.double(), lo, hi)
+        return torch.clamp(x, lo32, hi32)
 
     return step
 

@@ -19,6 +19,7 @@ Rule = Callable[[Sequence[TensorType], Attrs, Arrays], TensorType]
 ACCUMULATOR_LIMIT = 1 << 31
 PRODUCT_LIMIT = 1 << 63
 RESCALED_LIMIT = 1 << 48  # before the clamp: sums of up to 32 branches stay exact in float64
+FLOAT32_LIMIT = 1 << 24  # float32 holds every integer up to it
 MAX_OPERAND_BITS = 16
 MAX_BRANCHES = 32
 
@@ -51,6 +52,8 @@ def integer(attrs: Attrs, key: str, minimum: int, maximum: int) -> int:
 def _storage(attrs: Attrs) -> tuple[int, bool]:
     bits = integer(attrs, "bits", 1, ACCUMULATOR_BITS)
     require(type(attrs["signed"]) is bool, f"attribute signed is {attrs['signed']!r}, expected true or false")
+    fits = bits < ACCUMULATOR_BITS or attrs["signed"]
+    require(fits, f"attribute bits is {bits} without a sign, expected at most {ACCUMULATOR_BITS - 1} or a sign")
     return bits, attrs["signed"]
 
 
@@ -156,7 +159,7 @@ def quantize(inputs: Sequence[TensorType], attrs: Attrs, arrays: Arrays) -> Tens
     """float32 values through a multiplication, a rounding and a clamp."""
     inverse = attrs["inverse_scale"]
     require(is_positive_float32(inverse), f"attribute inverse_scale is {inverse!r}, expected a positive float32 value")
-    lo, hi = (integer(attrs, key, -ACCUMULATOR_LIMIT, ACCUMULATOR_LIMIT) for key in ("lo", "hi"))
+    lo, hi = (integer(attrs, key, -FLOAT32_LIMIT, FLOAT32_LIMIT) for key in ("lo", "hi"))
     return clamped(_image_shape(attrs), attrs, lo, hi)
 
 

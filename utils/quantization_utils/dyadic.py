@@ -1,7 +1,8 @@
 """The integer arithmetic contract: how accumulators become the next layer's integers.
 
 Every engine rescales by one rule, :func:`requantize`, with a dyadic multiplier ``m / 2**e`` that
-:func:`dyadic` chooses from a real ratio.  Nothing else in the project rounds an integer.
+:func:`dyadic` chooses from a real ratio.  Nothing else in the project rounds an integer.  Checkpoints of the
+original HAWQ use two other rules: halves to even, and no rounding at all in their average pools.
 Source: HAWQ-V3, arXiv 2011.10680, section 3 (dyadic arithmetic); the tie rule is ours (ties up).
 
 The functions only use ``*``, ``+``, ``>>`` and ``&``, so they hold for Python integers, numpy arrays and torch
@@ -46,7 +47,16 @@ def requantize_even(acc: Any, multiplier: Any, shift: Any) -> Any:
     return (product + half - 1 + (floor & 1)) >> shift
 
 
-ROUNDING = {"up": requantize, "even": requantize_even}
+def requantize_down(acc: Any, multiplier: Any, shift: Any) -> Any:
+    """Like :func:`requantize` without rounding: ``floor(acc * multiplier / 2**shift)``.
+
+    >>> requantize_down(100, 2**30, 33), requantize_down(-100, 2**30, 33)
+    (12, -13)
+    """
+    return (acc * multiplier) >> shift
+
+
+ROUNDING = {"up": requantize, "even": requantize_even, "down": requantize_down}
 
 
 def dyadic(ratio: float, *, output_bits: int = 8) -> tuple[int, int]:
@@ -90,13 +100,34 @@ def dyadic_array(ratios: np.ndarray, *, output_bits: int = 8) -> tuple[np.ndarra
     return np.array([m for m, _ in pairs], np.int32), np.array([e for _, e in pairs], np.uint8)
 
 
+def floor_dyadic(divisor: int, bound: int) -> tuple[int, int]:
+    """Choose ``(m, e)``, e as small as is proved, with ``(x * m) >> e == x // divisor`` for every x in [0, bound].
+
+    divisor: at least 1.  bound: in [0, 2**31).  Returns m in [1, 2**31) and e in [1, 62].  Raises ValueError where no
+    such m is proved, which only bounds of 2**30 and more can cause.
+    Source: the round-up method of Granlund and Montgomery 1994, theorem 4.2, with a sharper condition.  Proof: let
+    ``m * divisor == 2**e + r`` with ``0 <= r``; then ``x * m / 2**e == (x + x * r / 2**e) / divisor``, and where
+    ``bound * r < 2**e`` this adds less than 1 to x: no further multiple of the divisor is reached.
+
+    >>> floor_dyadic(49, 49 * 32767)
+    (1369569, 26)
+    """
+    if divisor < 1 or not 0 <= bound < MULTIPLIER_LIMIT:
+        raise ValueError(f"got a divisor of {divisor} and a bound of {bound}, expected >= 1 and within [0, 2^31)")
+    for e in range(1, MAX_SHIFT + 1):
+        m = -(-(1 << e) // divisor)
+        if m < MULTIPLIER_LIMIT and bound * (m * divisor - (1 << e)) < 1 << e:
+            return m, e
+    raise ValueError(f"integers up to {bound} have no multiplier below 2^31 that divides them by {divisor}")
+
+
 def tie_is_impossible(multiplier: int, shift: int, bound: int) -> bool:
     """Whether no accumulator with |acc| <= bound can fall on a half: then all rounding rules agree.
 
     A tie needs acc * m to be an odd multiple of 2**(e-1), that is v2(acc) + v2(m) = e - 1 with acc != 0.
     """
     two_adic = (multiplier & -multiplier).bit_length() - 1
-    return two_adic + math.log2(max(bound, 1)) < shift - 1
+    return two_adic >= shift or two_adic + math.log2(max(bound, 1)) < shift - 1
 
 
 def _round_half_up(value: float) -> int:

@@ -110,12 +110,16 @@ def type_field(index, **fields):
         (attr(1, "stride", [0, 1]), r"conv: attribute stride is \[0, 1\], expected 2 integers >= 1"),
         (attr(1, "padding", [1, 1]), "conv: attribute padding"),
         (array(1, "bias", np.full(3, 2**31 - 1, np.int32)), "conv: the accumulator may reach .*, expected below 2"),
-        (attr(2, "rounding", "down"), "q: attribute rounding is 'down', expected one of up, even"),
+        (attr(2, "rounding", "away"), "q: attribute rounding is 'away', expected one of up, even, down"),
         (attr(2, "lo", 200), "q: the clamp .* is empty"),
         (attr(2, "hi", 200), "q: values reach .*200.*expected within"),
         (attr(2, "lo", 1.5), "q: attribute lo is 1.5, expected an integer or null"),
         (attr(2, "bits", 40), "q: attribute bits is 40"),
         (attr(2, "signed", 1), "q: attribute signed is 1"),
+        (
+            lambda n: attr(2, "bits", 32)(attr(2, "signed", False)(n)),
+            "q: attribute bits is 32 without a sign, expected",
+        ),
         (array(2, "multiplier", np.array([0], np.int32)), "q: array multiplier has the value 0"),
         (array(2, "multiplier", np.array([1, 2], np.int32)), r"q: array multiplier has shape \[2\], expected \[3\]"),
         (array(2, "shift", np.array([63], np.uint8)), r"q: array shift has the value \[63\], expected 1..62"),
@@ -156,6 +160,34 @@ def test_a_rescaled_value_beyond_48_bits_is_refused():
     x = make_node("wide", "requantize", [image()], attrs={**ROUNDED, "bits": 32, "lo": None}, arrays=dyadic(1 << 30, 7))
     with pytest.raises(ValueError, match=r"y: the rescaled value may reach .* before its clamp, expected below 2"):
         make_node("y", "requantize", [x], attrs=ROUNDED, arrays=dyadic(1 << 30, 1))
+
+
+def summed(acc, m, e):
+    """Accumulators plus themselves, not clamped, in 32 bits."""
+    attrs = {"rounding": "even", "bits": 32, "signed": True, "lo": None, "hi": None}
+    return make_node("y", "add", [acc, acc], attrs=attrs, arrays=dyadic(m, e, 3, "0") | dyadic(m, e, 3, "1"))
+
+
+def test_an_unclamped_sum_keeps_its_bounds():
+    """Sums of 32 products of 8-bit values reach about 2**19."""
+    conv = make_node("conv", "conv2d", [image()], attrs=CONV, arrays=weights((3, 2, 4, 4), 127, 5))
+    assert conv.type.hi == 32 * 127 * 127 + 5
+    low, high = 32 * 127 * -128 + 5, 32 * 127 * 127 + 5
+    for m, e, factor in [(1 << 30, 30, 2), (1 << 30, 20, 2048), (1 << 30, 19, 4096)]:
+        total = summed(conv, m, e)
+        assert (total.type.bits, total.type.signed) == (32, True)
+        assert (total.type.lo, total.type.hi) == (low * factor, high * factor)
+    clipped = {"lo": np.zeros(1, np.int32), "hi": np.full(1, 2**31 - 1, np.int32)}
+    relu = make_node("relu", "clip", [total], arrays=clipped)
+    assert (relu.type.bits, relu.type.lo, relu.type.hi) == (32, 0, high * 4096)
+
+
+def test_an_unclamped_sum_that_may_leave_32_bits_is_refused():
+    conv = make_node("conv", "conv2d", [image()], attrs=CONV, arrays=weights((3, 2, 4, 4), 127, 5))
+    reach = (32 * 127 * 127 + 5) * 8192
+    message = rf"^y: values reach \[-.*, {reach}\], expected within \[-2147483648, 2147483647\] of 32 signed bits"
+    with pytest.raises(ValueError, match=message):
+        summed(conv, 1 << 30, 18)
 
 
 def node_of(op, inputs, **parts):
@@ -224,6 +256,10 @@ ISLAND = {"input_scale": 1.0, "inverse_scale": 1.0, "lo": 0, "hi": 1, **STORAGE}
         (
             node_of("quantize", [], attrs={"shape": [3], "inverse_scale": 0.1, "lo": 0, "hi": 1, **STORAGE}),
             "inverse_scale",
+        ),
+        (
+            node_of("quantize", [], attrs={"shape": [3], "inverse_scale": 0.5, "lo": 0, "hi": 2**24 + 1, **STORAGE}),
+            r"attribute hi is 16777217, expected an integer in \[-16777216, 16777216\]",
         ),
         (
             node_of("float_op", [image()], attrs={**ISLAND, "function": "exp"}),

@@ -6,10 +6,11 @@ import torch
 
 from utils.errors import UserError
 from utils.integer_graph import interpreter
-from utils.integer_graph.ir import int_range
+from utils.integer_graph.ir import Graph, int_range
 from utils.integer_graph.ops import OPS, verify
 from utils.integer_graph.torch_engine import PRECISIONS, TorchEngine, exact_algorithms
 from utils.integer_graph.torch_steps import STEPS
+from utils.quantization_utils.dyadic import ROUNDING, floor_dyadic
 
 
 def assert_equal_everywhere(graph, images):
@@ -27,7 +28,7 @@ def assert_equal_everywhere(graph, images):
     np.testing.assert_array_equal(interpreter.run(graph, images), last)
 
 
-@pytest.mark.parametrize("rounding", ["up", "even"])
+@pytest.mark.parametrize("rounding", list(ROUNDING))
 @pytest.mark.parametrize("seed", range(60))
 def test_random_graphs(seed, rounding, random_graph, random_images):
     graph = random_graph(seed, rounding)
@@ -48,7 +49,7 @@ def widened(b, x, bits, signed=True):
     return b.emit("requantize", [x], attrs=attrs, arrays=arrays, scale=0.5)
 
 
-@pytest.mark.parametrize("rounding", ["up", "even"])
+@pytest.mark.parametrize("rounding", list(ROUNDING))
 @pytest.mark.parametrize("seed", range(15))
 def test_wide_activations_take_every_kind_of_split(seed, rounding, builder, random_images):
     """16-bit inputs of convolutions, unclamped sums beyond 2**24, accumulators of several pieces."""
@@ -60,6 +61,39 @@ def test_wide_activations_take_every_kind_of_split(seed, rounding, builder, rand
     y = b.emit("add", [y, y], attrs=unclamped, arrays=arrays)
     y = b.clip(b.emit("gather", [y], arrays={"index": np.array([0, 0], np.int32)}))
     graph = b.classifier(b.mul(b.requantize(y), b.requantize(y)), 3)
+    assert_equal_everywhere(graph, random_images(graph, 2))
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(7, 0), (3, 1)])
+def test_average_pools_round_down(kernel, padding, builder, random_images):
+    """16-bit integers, one multiplier for all windows, zeros of the padding counted: the floor of the mean."""
+    b = builder(kernel, "even")
+    x = b.relu(widened(b, b.image((4, 7, 7)), 16))
+    area = kernel * kernel
+    m, e = floor_dyadic(area, area * x.type.hi)
+    starts = range(-padding, 7 + padding - kernel + 1)
+    attrs = {"rounding": "down", "lo": x.type.lo, "hi": x.type.hi, "bits": 16, "signed": True}
+    for axis in ("row", "col"):
+        ends = {"start": [max(s, 0) for s in starts], "stop": [min(s + kernel, 7) for s in starts]}
+        attrs |= {f"{axis}_{end}": values for end, values in ends.items()}
+    arrays = {"multiplier": np.full((1, 1), m, np.int32), "shift": np.full((1, 1), e, np.uint8)}
+    y = b.emit("avg_pool", [x], attrs=attrs, arrays=arrays)
+    graph, images = b.classifier(b.requantize(y), 3), random_images(Graph((b.nodes[0],)), 3)
+    values = interpreter.run(graph, images, keep=True)
+    padded = torch.from_numpy(np.pad(values[x.name], [(0, 0), (0, 0), (padding,) * 2, (padding,) * 2]))
+    sums = padded.unfold(2, kernel, 1).unfold(3, kernel, 1).sum((-1, -2)).numpy()
+    np.testing.assert_array_equal(values[y.name], sums // area)
+    assert_equal_everywhere(graph, images)
+
+
+def test_a_clip_above_all_values_and_above_float32(builder, random_images):
+    """The results are the lower bounds, which float32 cannot hold, of inputs that it can."""
+    b = builder(0, "even")
+    x = b.unclamped([b.image((2, 3, 3))])
+    assert x.type.hi < 2**28
+    lo, hi = np.array([2**28 + 1, 2**29 + 3], np.int32), np.full(2, 2**31 - 1, np.int32)
+    y = b.emit("clip", [x], arrays={"lo": lo, "hi": hi})
+    graph = b.classifier(b.requantize(y), 2)
     assert_equal_everywhere(graph, random_images(graph, 2))
 
 

@@ -34,7 +34,7 @@ def rescalings(draw):
     return np.concatenate([acc, bound[None], -bound[None], 0 * bound[None]]), bias, m, e, bound
 
 
-@pytest.mark.parametrize("rounding", ["up", "even"])
+@pytest.mark.parametrize("rounding", list(ROUNDING))
 @settings(max_examples=300)
 @given(case=rescalings())
 def test_equals_the_definition(rounding, case):
@@ -51,6 +51,12 @@ WAYS = [
     ("_one_product", 2**20, 5, 2**20, 30, "even"),
     ("_two_limbs", 2**30, 2**30 - 1, 2**31 - 1, 40, "up"),
     ("_two_limbs", 2**30, 0, 2**31 - 1, 40, "even"),
+    ("_two_limbs", 2**30, 0, 2**30, 62, "even"),
+    ("_identity", 2**20, 0, 2**30, 30, "down"),
+    ("_one_product", 2**20, 5, 2**31 - 1, 40, "down"),
+    ("_two_limbs", 2**31 - 1, 0, 1, 62, "even"),
+    ("_two_limbs", 2**30, 2**30 - 1, 2**31 - 1, 40, "down"),
+    ("_int64", 2**30, 7, 2**31 - 1, 16, "down"),
     ("_int64", 2**30, 0, 2**31 - 1, 16, "up"),
     ("_int64", 2**30, 0, 2**30, 40, "even"),
 ]

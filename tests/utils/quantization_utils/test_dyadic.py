@@ -34,7 +34,8 @@ def half_up(value):
     return math.floor(value + Fraction(1, 2))
 
 
-RULES = [(d.requantize, half_up), (d.requantize_even, round)]  # round(Fraction) is half to even
+# round(Fraction) is half to even
+RULES = [(d.requantize, half_up), (d.requantize_even, round), (d.requantize_down, math.floor)]
 
 
 @pytest.mark.parametrize(("rule", "expected"), RULES)
@@ -127,6 +128,58 @@ def test_ratios_out_of_range_are_refused(ratio):
         d.dyadic(ratio)
 
 
+def critical(divisor, bound):
+    """Values in [0, bound] next to multiples of the divisor: the quotient changes there and nowhere else."""
+    numbers = {k * divisor + i for k in (0, 1, 2, bound // divisor - 1, bound // divisor) for i in (-1, 0, 1)}
+    return [x for x in {*numbers, bound} if 0 <= x <= bound]
+
+
+@pytest.mark.parametrize("bound", [0, 1, 8, 255, 1000, 20000])
+def test_floor_dyadic_divides_every_integer(bound):
+    x = np.arange(bound + 1)
+    for divisor in [*range(1, 150), bound + 1, 2 * bound + 1]:
+        m, e = d.floor_dyadic(divisor, bound)
+        np.testing.assert_array_equal(d.requantize_down(x, m, e), x // divisor)
+
+
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**30 - 1))
+def test_floor_dyadic_divides_up_to_its_bound(divisor, bound):
+    m, e = d.floor_dyadic(divisor, bound)
+    assert 1 <= m < 2**31
+    assert 1 <= e <= 62
+    for x in critical(divisor, bound):
+        assert d.requantize_down(x, m, e) == x // divisor
+
+
+@pytest.mark.parametrize(("divisor", "hi"), [(49, 32767), (9, 32767), (64, 32767), (49, 2**24)])
+def test_floor_dyadic_of_average_pools(divisor, hi):
+    m, e = d.floor_dyadic(divisor, divisor * hi)
+    x = np.arange(0, divisor * hi + 1, 7)
+    x = np.concatenate([x, np.arange(divisor * (hi - 5), divisor * hi + 1)])
+    np.testing.assert_array_equal(d.requantize_down(x, m, e), x // divisor)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 1024, 3])
+def test_floor_dyadic_up_to_the_greatest_accumulator(divisor):
+    bound = 2**31 - 1
+    m, e = d.floor_dyadic(divisor, bound)
+    assert all(d.requantize_down(x, m, e) == x // divisor for x in critical(divisor, bound))
+
+
+@pytest.mark.parametrize(
+    ("divisor", "bound", "message"),
+    [
+        (0, 5, "got a divisor of 0"),
+        (3, -1, "and a bound of -1"),
+        (3, 2**31, "and a bound of 2147483648"),
+        (7, 2**31 - 1, "integers up to 2147483647 have no multiplier below .* that divides them by 7"),
+    ],
+)
+def test_floor_dyadic_refuses(divisor, bound, message):
+    with pytest.raises(ValueError, match=message):
+        d.floor_dyadic(divisor, bound)
+
+
 @given(st.integers(1, 2**10), st.integers(1, 16), st.integers(0, 300))
 def test_a_tie_that_is_called_impossible_never_occurs(m, e, bound):
     ties = [acc for acc in range(-bound, bound + 1) if (2 * acc * m) % (1 << e) == 0 and (2 * acc * m >> e) % 2 == 1]
@@ -134,6 +187,20 @@ def test_a_tie_that_is_called_impossible_never_occurs(m, e, bound):
         assert not ties
     for acc in ties:
         assert d.requantize(acc, m, e) - d.requantize_even(acc, m, e) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("m", "e", "bound", "impossible"),
+    [
+        (2**30, 30, 2**31 - 1, True),  # every product is a multiple of 2**e
+        (2**30, 31, 1, False),
+        (2**30 + 2, 33, 2**31 - 1, True),
+        (2**30 + 2, 32, 2**30, False),
+        (2**30 + 2, 32, 2**30 - 1, True),
+    ],
+)
+def test_ties_at_the_limit(m, e, bound, impossible):
+    assert d.tie_is_impossible(m, e, bound) == impossible
 
 
 @given(multipliers, shifts, st.integers(0, 2**31 - 1), accumulators)
