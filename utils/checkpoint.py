@@ -45,7 +45,11 @@ def load_checkpoint(path: Path, arch: str | None = None) -> dict[str, Any]:
     Raises UserError, naming the file, if it is missing, damaged, holds code, is not such a checkpoint, of a version
     this program does not know, or of another network.
     """
-    contents = read_torch_file(path)
+    return checked_checkpoint(read_torch_file(path), path, arch)
+
+
+def checked_checkpoint(contents: Any, path: Path, arch: str | None = None) -> dict[str, Any]:
+    """What was read from ``path``, if it is such a checkpoint; raises UserError like :func:`load_checkpoint`."""
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a training checkpoint of this program; give a file that a training run saved")
     if contents.get("version") != VERSION:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.hawq.files import float_state, recognise
 from utils.torch_file import read_torch_file
 
 CONTAINER_KEYS = ("state_dict", "model")
@@ -19,12 +20,15 @@ def load_float_weights(model: nn.Module, path: Path, name: str) -> None:
     """Copy the state_dict in `path` into `model`, in place. name: what the user calls the network, for messages.
 
     Accepts a plain state_dict, one inside a dict under "state_dict" or "model", and keys with the "module." that
-    torch.nn.DataParallel puts in front. BN's num_batches_tracked may be absent (files before torch 0.4.1).
+    torch.nn.DataParallel puts in front. BN's num_batches_tracked may be absent (files before torch 0.4.1). Of a
+    checkpoint of the original HAWQ, the float weights are taken.
 
     Raises UserError, naming the file, if it is missing, damaged or holds code, if a key is missing, unexpected or of
     another shape or kind (the first one is named), or if a floating-point tensor holds NaN or infinity.
     """
-    state = _state_dict_of(read_torch_file(path), path)
+    content = read_torch_file(path)
+    original = recognise(content, path)
+    state = _state_dict_of(content, path) if original is None else float_state(original)
     expected = model.state_dict()
     for key, tensor in expected.items():
         if key.endswith(COUNTER_SUFFIX):

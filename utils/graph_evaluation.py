@@ -9,6 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.evaluation import Accuracy, Engine, evaluate
+from utils.hawq.graph import ARITHMETIC
 from utils.integer_graph.info import MIB, bytes_by_kind
 from utils.integer_graph.ir import Graph
 from utils.integer_graph.serialize import load
@@ -54,11 +55,19 @@ def evaluate_graph_file(args: argparse.Namespace, command: str, device: torch.de
 
     args: parsed.  Raises UserError for files and flags that do not fit.
     """
-    started = time.perf_counter()
     _check(args)
     graph = load(args.resume)
     if "preprocess" not in graph.meta:
         raise UserError(f"{args.resume} does not say how image files become its input; convert the model again")
+    evaluate_graph(args, graph, command, device)
+
+
+def evaluate_graph(args: argparse.Namespace, graph: Graph, command: str, device: torch.device) -> Accuracy:
+    """Evaluate an integer graph on the validation images of ``--data``, print and report.
+
+    args: parsed.  graph: with its preprocessing in ``meta``.  Raises UserError.
+    """
+    started = time.perf_counter()
     arch, scheme = (str(graph.meta.get(key, "own")) for key in ("arch", "scheme"))
     fill_in(args, arch, scheme)
     check_outputs(args)
@@ -66,24 +75,31 @@ def evaluate_graph_file(args: argparse.Namespace, command: str, device: torch.de
     flags = DataFlags(args.data, args.batch_size, args.workers, args.seed)
     preprocess, classes = Preprocess.from_dict(graph.meta["preprocess"]), graph.nodes[-1].type.shape[0]
     data = load_data(flags, preprocess, classes, train=False, calibration=0)
+    if graph.meta.get("arithmetic") == ARITHMETIC:
+        network = f"{arch}, scheme {scheme}, of the original HAWQ"
+        log.info("%s, on %s, engine %s; images: %s", network, device, args.engine, data.sizes())
     accuracy = evaluate(make_engine(graph), data.val, "integer graph")
     seconds = time.perf_counter() - started
     log.info("%s", _text(f"{arch} {scheme}", accuracy, args.engine, seconds))
     if args.report:
-        measured = {
-            "arch": arch,
-            "scheme": scheme,
-            "images": accuracy.images,
-            "top1_integer": accuracy.top1,
-            "top5_integer": accuracy.top5,
-            "size_mib": bytes_by_kind(graph)["packed weights"] / MIB,
-            "seconds": round(seconds, 1),
-            "commit": commit(),
-            "command": command,
-            "engine": args.engine,
-            "images_per_second": accuracy.images / accuracy.seconds,
-        }
-        write_json(args.report, dict.fromkeys(REPORT_KEYS) | measured)
+        write_json(args.report, _report(graph, accuracy, args.engine, seconds) | {"command": command})
+    return accuracy
+
+
+def _report(graph: Graph, accuracy: Accuracy, engine: str, seconds: float) -> dict[str, object]:
+    measured = {
+        "arch": graph.meta.get("arch", "own"),
+        "scheme": graph.meta.get("scheme", "own"),
+        "images": accuracy.images,
+        "top1_integer": accuracy.top1,
+        "top5_integer": accuracy.top5,
+        "size_mib": bytes_by_kind(graph)["packed weights"] / MIB,
+        "seconds": round(seconds, 1),
+        "commit": commit(),
+        "engine": engine,
+        "images_per_second": accuracy.images / accuracy.seconds,
+    }
+    return dict.fromkeys(REPORT_KEYS) | measured
 
 
 def _check(args: argparse.Namespace) -> None:

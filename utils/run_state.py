@@ -20,7 +20,7 @@ from utils.train_flags import resume_command
 from utils.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "quant_train.py"
-CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+CHECKPOINT, BEST, GRAPH = "checkpoint.pth.tar", "model_best.pth.tar", "model.safetensors"
 
 
 class Run:
@@ -47,6 +47,8 @@ class Run:
         self.graph: Graph | None = None
         self.phase = "evaluation of the float network"
         self.saved: Path | None = None
+        self.kept = "nothing was saved"
+        self.measured: dict[str, Any] = {}  # further entries of the report
         self.writer: Any = _tensorboard(args) if args.tensorboard else None
 
     def validate(self, epoch: float) -> None:
@@ -101,7 +103,7 @@ class Run:
         """Answer to Ctrl-C."""
         checkpoint = self.saved or self.args.resume
         if checkpoint is None or self.args.evaluate:
-            return f"stopped during the {self.phase}; nothing was saved"
+            return f"stopped during the {self.phase}; {self.kept}"
         state = "saved" if self.saved else "nothing new was saved"
         command = resume_command(self.args, SCRIPT, checkpoint)
         return f"stopped during the {self.phase}, {state}; to continue: {command}"
