@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,30 @@ import torch
 from torch import nn
 
 import bit_config
-from utils.checkpoint import load_checkpoint
+from utils.calibration_run import calibrate_run, unseen_accuracy
+from utils.checkpoint import checked_checkpoint
 from utils.errors import UserError
 from utils.evaluation import agreement
 from utils.experiment import Experiment, scheme_of
 from utils.graph_evaluation import engine_maker, evaluate_graph_file, is_graph_file
+from utils.hawq_run import evaluate_original, evaluates_original, read_original, start_from_original
 from utils.integer_graph.serialize import save as save_graph
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import ModelInfo, create_model
 from utils.preprocess import Preprocess
 from utils.provenance import commit
-from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.training import configure, reestimate_bn
 from utils.run_data import Data, DataFlags, inputs, load_data
 from utils.run_log import log, log_to, logging_to_console
 from utils.run_report import format_report, write_json
-from utils.run_state import FloatPhase, Run
+from utils.run_state import GRAPH, FloatPhase, Run
+from utils.torch_file import read_torch_file
 from utils.train_flags import TORCH, build_parser, check, check_outputs, fill_in
 from utils.trainer import Interrupted, Recipe, Trainer
+from zoo.flag import zoo_entry
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
-GRAPH, SCHEME, ARGUMENTS, LOG = "model.safetensors", "scheme.yaml", "arguments.json", "log.log"
+SCHEME, ARGUMENTS, LOG = "scheme.yaml", "arguments.json", "log.log"
 CHECKPOINT_KEYS = {"arch", "scheme", "bits", "residual_bits", "num_classes", "preprocess", "state_dict", "quantizers"}
 CHECKPOINT_KEYS |= {"trainer", "best_top1", "top1_float", "arguments", "threads"}
 RESUMED_FLAGS = (  # change what a resumed run computes
@@ -51,7 +55,13 @@ def run(args: argparse.Namespace, command: str) -> None:
     if is_graph_file(args.resume):
         evaluate_graph_file(args, command, _machine(args, None))
         return
-    resumed = _resumed(args)
+    content = read_torch_file(args.resume) if args.resume else None
+    original = read_original(content, args.resume)
+    if original is not None and evaluates_original(args, original):
+        evaluate_original(args, original, command, _machine(args, None))
+        return
+    start_from_original(args, content, original)
+    resumed = _resumed(args, content)
     scheme = scheme_of(resumed) if resumed and args.quant_scheme is None else args.quant_scheme
     fill_in(args, *_inherited(resumed))
     device = _machine(args, resumed)
@@ -94,15 +104,16 @@ def _work(job: Run, resumed: dict[str, Any] | None, teacher: nn.Module | None) -
         accuracy = job.evaluate_float("float")
         job.top1_float, job.float_classes = accuracy.top1, accuracy.predictions
         log.info("float network: top-1 %.2f on %d images", job.top1_float, len(job.data.val.dataset))
-        _calibrate(job)
+        calibrate_run(job, partial(_configure, job))
     if not args.evaluate and args.epochs > 0:
         _train(job, resumed, teacher)
 
 
-def _resumed(args: argparse.Namespace) -> dict[str, Any] | None:
+def _resumed(args: argparse.Namespace, content: Any) -> dict[str, Any] | None:
+    """The checkpoint to go on from, unless there is none or it only gave its weights."""
     if args.resume is None:
         return None
-    contents = load_checkpoint(args.resume, args.arch)
+    contents = checked_checkpoint(content, args.resume, args.arch)
     missing = sorted(CHECKPOINT_KEYS - set(contents))
     if missing:
         raise UserError(f"{args.resume} has no entry {missing[0]!r}; it was changed after saving, use another file")
@@ -119,7 +130,8 @@ def _inherited(resumed: dict[str, Any] | None) -> tuple[str | None, str | None, 
 
 def _machine(args: argparse.Namespace, resumed: dict[str, Any] | None) -> torch.device:
     """Set threads and seed; returns the device."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = args.device or ("" if args.gpu is None else f"cuda:{args.gpu}")
+    name = chosen or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -221,18 +233,6 @@ def _train_float(job: Run) -> None:
         fix_bn_threshold=None,
     )
     Trainer(experiment.model, job.data.train, experiment.preprocess, recipe, None).fit(FloatPhase(job))
-
-
-def _calibrate(job: Run) -> None:
-    """Fix activation ranges on the calibration subset and switch quantization on."""
-    args, loader = job.args, job.data.calibration
-    if loader is None:
-        return
-    job.phase = "calibration"
-    batches = inputs(loader, len(loader), job.experiment.preprocess, job.experiment.device, "calibration")
-    count = calibrate(job.experiment.model, batches, args.calibration, args.calib_percentile)
-    log.info("calibrated on %d images in batches of %d (%s)", count, loader.batch_size, args.calibration)
-    _configure(job)
 
 
 def _configure(job: Run) -> None:
@@ -355,6 +355,8 @@ def _report(job: Run, started: float) -> dict[str, Any]:
         "engine": args.engine,
         "images_per_second": job.last.images / job.last.seconds,
         **extra,
+        **job.measured,
+        **unseen_accuracy(job),
     }
 
 
@@ -365,8 +367,9 @@ def main(argv: list[str] | None = None) -> int:
     with logging_to_console():
         try:
             args = build_parser().parse_args(words)
-            check(args)
-            run(args, command)
+            with zoo_entry(args):
+                check(args)
+                run(args, command)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR

@@ -19,36 +19,48 @@ FOLDERS = ("utils", "benchmarks", "examples", "tvm_benchmark", "zoo")
 
 # Rank -> modules, ``/`` in front of those outside utils/.  A package itself (its empty __init__) has no rank.
 RANKS: tuple[str, ...] = (
-    """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors integer_graph.ir metrics
-    quantization_utils.cost_model quantization_utils.dyadic quantization_utils.fold_bn
-    quantization_utils.quant_primitives quantization_utils.windows seeded tables""",
+    """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors hawq.arithmetic hawq.names
+    integer_graph.ir metrics quantization_utils.cost_model quantization_utils.dyadic quantization_utils.fold_bn
+    quantization_utils.observers quantization_utils.quant_primitives quantization_utils.windows seeded tables
+    /zoo.transfer""",
     """/bit_config /tvm_benchmark.isa /tvm_benchmark.layout /tvm_benchmark.runtime atomic_file distillation
     image_sources integer_graph.reference integer_graph.torch_rescale integer_graph.type_rules preprocess
-    quantization_utils.capture quantization_utils.observers quantization_utils.scheme_report run_log torch_file""",
+    quantization_utils.capture quantization_utils.quant_modules quantization_utils.range_search
+    quantization_utils.scheme_report run_log torch_file /zoo.archive /zoo.drive /zoo.recipes""",
     """/tvm_benchmark.artifact /tvm_benchmark.machine_peak /tvm_benchmark.plan /tvm_benchmark.source checkpoint
-    digits_net float_weights integer_graph.exact_conv integer_graph.float_islands plots provenance
-    quantization_utils.float_ops quantization_utils.quant_modules run_report transforms""",
+    digits_net hawq.files integer_graph.converted integer_graph.exact_conv integer_graph.float_islands plots
+    provenance quantization_utils.adaround quantization_utils.calibrators quantization_utils.float_ops
+    quantization_utils.tensor_cache run_report transforms /zoo.manifest""",
     """/benchmarks.readme_tables /tvm_benchmark.halo /tvm_benchmark.loops /tvm_benchmark.report
-    /tvm_benchmark.vectors data_utils integer_graph.converted integer_graph.ops integer_graph.torch_steps
-    layer_latency models quantization_utils.float_joins""",
+    /tvm_benchmark.vectors data_utils float_weights hawq.parameters hawq.schemes integer_graph.ops
+    integer_graph.torch_steps layer_latency quantization_utils.blocks quantization_utils.float_joins
+    quantization_utils.ptq_recipe quantization_utils.rows /zoo.listing /zoo.store""",
     """/tvm_benchmark.inputs /tvm_benchmark.movement /tvm_benchmark.peers /tvm_benchmark.pointwise
-    integer_graph.interpreter integer_graph.movement integer_graph.serialize quantization_utils.float_pools""",
-    """/tvm_benchmark.epilogue /tvm_benchmark.layers integer_graph.diff integer_graph.info integer_graph.predict
-    integer_graph.torch_engine quantization_utils.float_rows""",
+    integer_graph.input_table integer_graph.interpreter integer_graph.movement integer_graph.serialize models
+    quantization_utils.float_pools /zoo.flag""",
+    """/tvm_benchmark.epilogue /tvm_benchmark.layers hawq.builder integer_graph.diff integer_graph.info
+    integer_graph.predict integer_graph.torch_engine quantization_utils.float_rows""",
     """/tvm_benchmark.depthwise_bytes /tvm_benchmark.elementwise /tvm_benchmark.equality /tvm_benchmark.pools
-    /tvm_benchmark.walks integer_graph.__main__ quantization_utils.float_graph""",
-    """/tvm_benchmark.dense /tvm_benchmark.depthwise quantization_utils.prepare""",
-    """/tvm_benchmark.registers /tvm_benchmark.tiles evaluation integer_graph.from_torch
-    quantization_utils.calibrate quantization_utils.state quantization_utils.training""",
-    """/benchmarks.qat_step /tvm_benchmark.convolution experiment run_data train_flags trainer""",
-    """/tvm_benchmark.lowering api random_networks run_state""",
+    /tvm_benchmark.walks hawq.networks integer_graph.__main__ quantization_utils.float_graph""",
+    """/tvm_benchmark.dense /tvm_benchmark.depthwise hawq.fitting quantization_utils.prepare""",
+    """/tvm_benchmark.registers /tvm_benchmark.tiles evaluation hawq.graph integer_graph.from_torch
+    quantization_utils.calibrate quantization_utils.equalize quantization_utils.execution
+    quantization_utils.side_by_side quantization_utils.state quantization_utils.training
+    quantization_utils.weight_ranges /zoo.table""",
+    """/benchmarks.qat_step /tvm_benchmark.convolution experiment quantization_utils.bias_correction
+    quantization_utils.reconstruction_fit quantization_utils.sqnr run_data train_flags trainer""",
+    """/tvm_benchmark.lowering api quantization_utils.ptq quantization_utils.reconstruction_state random_networks
+    run_state""",
     """/benchmarks.engine_speed /benchmarks.equality /benchmarks.families /examples.own_model
-    /tvm_benchmark.subject /tvm_benchmark.tune""",
-    """/tvm_benchmark.compile""",
+    /tvm_benchmark.subject /tvm_benchmark.tune quantization_utils.reconstruct /zoo.runs""",
+    """/tvm_benchmark.compile calibration_run""",
     """/benchmarks.tvm_equality /benchmarks.tvm_memory /tvm_benchmark.layer_latency /tvm_benchmark.validate""",
     """/tvm_benchmark.benchmark graph_evaluation""",
-    """/benchmarks.tvm_latency /quant_train""",
-    """/benchmarks.accuracy /examples.demo""",
+    """/benchmarks.tvm_latency hawq.__main__ hawq_run /zoo.kinds""",
+    """/quant_train""",
+    """/benchmarks.accuracy /examples.demo /zoo.record /zoo.verify""",
+    """/zoo.train""",
+    """/zoo.__main__""",
 )
 
 # Modules that must work where torch is not installed: the definition of correct, and what is shipped.

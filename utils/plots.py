@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy against cost, the bits of every layer, latencies side by side."""
+"""Pictures of results: accuracy against cost, every layer's bits and noise, latencies side by side."""
 
 import io
 import math
@@ -195,6 +195,26 @@ def draw_latency(axes: Axes, bars: Sequence[LatencyBar]) -> None:
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_sqnr(path: Path, values: Mapping[str, float], worst: int = 10, title: str = "") -> None:
+    """Write one PNG: signal to quantization noise (dB) of every layer in order, the ``worst`` drawn and named apart.
+
+    values: dB by layer, at least one.  The file is replaced atomically.  Raises UserError where it cannot be written.
+    """
+    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(values)
+    lowest = sorted(range(len(names)), key=lambda i: values[names[i]])[:worst]
+    colours = [BEFORE if i in lowest else AFTER for i in range(len(names))]
+    axes.bar(range(len(names)), [values[name] for name in names], color=colours, width=0.8)
+    axes.set_xticks(sorted(lowest), [_short(names[i]) for i in sorted(lowest)], rotation=60, ha="right", fontsize=8)
+    axes.set_ylabel("signal to quantization noise, dB")
+    axes.set_title(title or f"layers in order; the {len(lowest)} worst are named", fontsize=11, loc="left")
+    axes.margins(x=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_png(figure, path)
 
 
 def save_png(figure: Figure, path: Path) -> None:

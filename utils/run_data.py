@@ -49,6 +49,13 @@ class Data:
     calibration: Loader | None
     lacks_train: bool = False
 
+    def unseen(self) -> Tensor | None:
+        """Which validation images calibration does not use, bool [N]; None where it uses none or all of them."""
+        if not self.lacks_train or self.calibration is None:
+            return None
+        mask = ~torch.isin(*(torch.from_numpy(loader.dataset.members) for loader in (self.val, self.calibration)))
+        return mask if bool(mask.any()) else None
+
     def sizes(self) -> str:
         """How many images there are, for people."""
         loaders = (("train", self.train), ("validation", self.val), ("calibration", self.calibration))

@@ -37,6 +37,10 @@ EXTRA_KEYS: tuple[str, ...] = (
     "best_top1",
 )
 EXTRA_KEYS += (SAME, "top1_simulation", "engine", "images_per_second")
+# Only with --ptq: the recipe, the signal to quantization noise by layer, what adaround or block did to each part; only
+# where validation images calibrated: how many did not, and top-1 on those.
+PTQ_KEYS = ("ptq", "sqnr_db", "rounding")
+UNSEEN_KEYS = ("images_unseen", "top1_float_unseen", "top1_integer_unseen")
 
 
 def format_report(report: Mapping[str, Any], folder: Path) -> str:
@@ -57,6 +61,11 @@ def format_report(report: Mapping[str, Any], folder: Path) -> str:
         ]
     if "top1_simulation" in report:
         lines.append(f"  top-1 simulation   {_percent(report['top1_simulation'])}")
+    if "images_unseen" in report:
+        lines.append(
+            f"  without those calibrated on: float {_percent(report['top1_float_unseen'])}, "
+            f"integer {_percent(report['top1_integer_unseen'])} of {report['images_unseen']} images"
+        )
     if "engine" in report:
         lines.append(f"  engine             {report['engine']}, {report['images_per_second']:.0f} images/s in all")
     lines.append(f"  size {report['size_mib']:.3f} MiB, {report['bops_g']:.3f} GBOPS, files in {folder}")

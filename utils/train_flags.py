@@ -14,7 +14,8 @@ import torch
 from utils.data_utils import DIGITS
 from utils.distillation import check_distillation
 from utils.errors import UserError
-from utils.quantization_utils.observers import METHODS
+from utils.quantization_utils.calibrators import METHODS
+from utils.quantization_utils.ptq_recipe import parse_recipe
 from utils.quantization_utils.quant_modules import RUNNING_MIN_MAX
 from utils.quantization_utils.training import ACT_RANGES
 
@@ -25,6 +26,8 @@ EXAMPLES = """examples:
       the layers, their bits and what they cost
   python quant_train.py -a mobilenetv2_w1 --weights w.pth --data IMAGENET --quant-scheme uniform8 --epochs 0
       quantize by calibration alone
+  python quant_train.py -a mobilenetv2_w1 --weights w.pth --data IMAGENET --quant-scheme w4a8 --ptq mse+adaround
+      the same with learned rounding; the worst layers are named and drawn
   python quant_train.py -a resnet18 --pretrained --data IMAGENET --quant-scheme uniform4 --epochs 5 --lr 0.001
       quantization-aware training
   python quant_train.py --data IMAGENET --resume RUN/checkpoint.pth.tar -e
@@ -35,6 +38,7 @@ files of a run in --save-path:
   checkpoint.pth.tar  all that --resume needs          model_best.pth.tar  the same at the best validation
   model.safetensors   integer graph of the last state  scheme.yaml         bits of every layer, for --quant-scheme
   arguments.json      flags, command, commit           log.log             what was printed, of all runs there
+  sqnr.png            noise of every layer, with --ptq
 """
 
 
@@ -83,6 +87,8 @@ SWITCH = Kind(options=(("action", "store_true"),))
 YES_NO = Kind(options=(("action", argparse.BooleanOptionalAction),))
 
 TORCH, TVM = "torch", "tvm"
+MSE, FLOAT = "mse", "float"
+QUICK, PUBLISHED = "quick", "published"
 
 # fmt: off
 # Names (the attribute is the first long one in lower case), kind, default, help.
@@ -95,6 +101,10 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--weights", FILE, None, "float state_dict, or checkpoint of any run, to start from"),
         ("--pretrained", SWITCH, False,
          "start from published weights (downloaded once; offline, the answer names the file to place by hand)"),
+        ("--zoo", NAME, None,
+         "entry of the zoo (python -m zoo list), downloaded where needed: -e evaluates it, without -e training starts "
+         "from it; brings its architecture and scheme"),
+        ("--zoo-dir", FOLDER, None, "where --zoo keeps downloads (default: $HAWQ_ZOO_DIR, else ~/.cache/hawq-zoo)"),
         ("--num-classes", COUNT, None, "classes of the network (default: the architecture's)"),
     ),
     "data": (
@@ -118,7 +128,16 @@ FLAGS: dict[str, tuple[Row, ...]] = {
          "a published scheme (bops_0.5, ...), uniformN or wXaY with 2 to 8 bits, a YAML file, or 'float' for no "
          "quantization (default: the checkpoint's with --resume, else uniform8; the original's was uniform4)"),
         ("--summary", SWITCH, False, "print every layer's bits with reason, size and BOPS, then stop"),
-        ("--calibration", one_of(*METHODS), "mse", "how activation ranges are found before training"),
+        ("--calibration", one_of(*METHODS), MSE, "how activation ranges are found before training"),
+        ("--ptq", NAME, None,
+         "post-training quantization, parts joined by +: a calibrator of --calibration (mse and ema_mse are for "
+         "weights too; W/A names both, such as mse/ema_quantile), and any of equalize, bias, and adaround or block; "
+         "implies --epochs 0"),
+        ("--ptq-setting", one_of(QUICK, PUBLISHED), QUICK,
+         "how long adaround and block learn: quick suits a CPU, published takes 10,000 steps a layer or 20,000 a "
+         "block"),
+        ("--mse-power", REAL, None,
+         "p of the mse calibrators' mean |error| to the p (default: 2, and 2.4 with adaround or block)"),
         ("--calib-images", COUNT, 512, "images of the fixed calibration subset"),
         ("--calib-percentile", PERCENTILE, 99.99, "percentile of --calibration percentile"),
         ("--act-range", one_of(*ACT_RANGES), None,
@@ -208,7 +227,10 @@ FLAGS: dict[str, tuple[Row, ...]] = {
 
 EPOCHS, DIGITS_EPOCHS, DIGITS_FLOAT_EPOCHS = 90, 5, 15
 # What a resumed run takes from its file instead, and what other flags already say.
-NOT_RESUMED = ("weights", "pretrained", "float_epochs", "start_epoch", "gpu", "resume", "arch", "quant_scheme")
+NOT_RESUMED = (
+    *("weights", "pretrained", "ptq", "zoo", "zoo_dir", "float_epochs", "start_epoch", "gpu", "resume", "arch"),
+    "quant_scheme",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -266,6 +288,8 @@ def check(args: argparse.Namespace) -> None:
             f"--world-size, --rank and --multiprocessing-distributed ask for {asked} training processes here; training "
             "runs in one process on one device, leave them out"
         )
+    if args.ptq is not None:
+        _check_ptq(args)
     if args.resume_quantize and args.resume is None:
         raise UserError("--resume-quantize needs --resume FILE to say which checkpoint")
     if args.resume is not None and (args.weights is not None or args.pretrained):
@@ -281,6 +305,16 @@ def check(args: argparse.Namespace) -> None:
         check_distillation(args.distill_alpha, args.temperature)
     if args.gpu is not None and args.device not in ("", f"cuda:{args.gpu}"):
         raise UserError(f"--gpu {args.gpu} and --device {args.device} name two devices; give one of them")
+
+
+def _check_ptq(args: argparse.Namespace) -> None:
+    recipe = parse_recipe(args.ptq)
+    if args.resume is not None:
+        raise UserError("--ptq starts from float weights: give --weights FILE, or leave --ptq out to --resume")
+    if args.quant_scheme == FLOAT:
+        raise UserError("--ptq quantizes, the scheme float does not; give another --quant-scheme")
+    if args.calibration not in (MSE, recipe.activations):
+        raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
 
 
 def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_range: str | None = None) -> None:
@@ -303,6 +337,8 @@ def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_
     args.act_range = args.act_range or ("ema" if follows else act_range or "lsq")
     args.act_range_momentum = RUNNING_MIN_MAX if args.act_range_momentum is None else args.act_range_momentum
     fresh_digits = args.data == DIGITS and args.weights is None and args.resume is None and not args.evaluate
+    if args.epochs is None and args.ptq is not None:
+        args.epochs = 0
     if args.epochs is None:
         args.epochs = DIGITS_EPOCHS if args.data == DIGITS else EPOCHS
     if args.float_epochs is None:

@@ -6,24 +6,32 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.quantization_utils.observers import is_finite, make_observer
+from utils.quantization_utils.calibrators import make_observer
+from utils.quantization_utils.observers import Range, is_finite
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer
 
 
 @torch.no_grad()
-def calibrate(model: QuantizedModel, batches: Iterable[Tensor], method: str = "mse", percentile: float = 99.99) -> int:
+def calibrate(
+    model: QuantizedModel,
+    batches: Iterable[Tensor],
+    method: str = "mse",
+    percentile: float = 99.99,
+    power: float = 2.0,
+) -> int:
     """Observe the float network's activations and switch quantization on with the ranges found.
 
     batches: float32 [N, C, H, W], normalised, on the model's device; order and size matter for the averaging
-    methods.  method: ``minmax``, ``ema``, ``percentile`` or ``mse``.  Returns the number of images seen; the model
-    is left in eval mode.  Raises UserError for no images, or for values that are not finite.
+    methods.  method: one of ``calibrators.METHODS``; percentile and power belong to the methods ``percentile`` and
+    ``mse``.  Returns the number of images seen; the model is left in eval mode.  Raises UserError for no images, or
+    for values that are not finite.
     """
     model.eval()
     model.enable(False)
     quantizers = model.activation_quantizers()
     for quantizer in quantizers.values():
-        quantizer.observer = make_observer(method, quantizer.bits, quantizer.signed, percentile)
+        quantizer.observer = make_observer(method, quantizer.bits, quantizer.signed, percentile, power)
     images = 0
     try:
         for batch in batches:
@@ -41,7 +49,7 @@ def calibrate(model: QuantizedModel, batches: Iterable[Tensor], method: str = "m
     return images
 
 
-def _fix(name: str, found: tuple[Tensor, Tensor], quantizer: Quantizer) -> None:
+def _fix(name: str, found: Range, quantizer: Quantizer) -> None:
     x_min, x_max = found
     if not is_finite(x_min, x_max):
         raise UserError(

@@ -318,7 +318,7 @@ class QuantizedModel(nn.Module):
         self.input_shape = input_shape
         self.quantizers = nn.ModuleDict({op.name: op.module for op in ops if op.kind == "quantize" and op.module})
         self.layers = nn.ModuleDict({op.name: op.module for op in ops if op.kind in LAYER_KINDS and op.module})
-        self._steps = _steps(ops)
+        self._steps = steps(ops)
 
     def forward(self, images: Tensor) -> Tensor:
         values: dict[str, Any] = {}
@@ -374,8 +374,8 @@ def _keeper(kept: dict[str, Tensor], name: str, quantizer: Quantizer) -> Callabl
     return keep
 
 
-def _steps(ops: Sequence[Op]) -> list[tuple[Op, Callable[..., Any], list[str]]]:
-    """Each operator with the values nobody reads after it."""
+def steps(ops: Sequence[Op]) -> list[tuple[Op, Callable[..., Any], list[str]]]:
+    """Each operator with what evaluates it and the values nobody reads after it."""
     last = {name: i for i, op in enumerate(ops) for name in op.inputs}
     dead: list[list[str]] = [[] for _ in ops]
     for name, i in last.items():

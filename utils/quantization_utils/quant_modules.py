@@ -176,7 +176,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn is not None and self.training and not self.frozen:
             weight = self._fake(self.module.weight, self._live_scale()) if self.enabled else self.module.weight
-            normalised: Tensor = self.bn(self._apply_weights(x, weight, self.module.bias))
+            normalised: Tensor = self.bn(self.apply_weights(x, weight, self.module.bias))
             return normalised
         weight, bias = fold(self.module.weight, self.module.bias, self.bn)
         if self.enabled:
@@ -184,9 +184,10 @@ class QuantLayer(nn.Module):
             weight = self._fake(weight, scale)
             if bias is not None and self._source and not self.training:
                 bias = _on_accumulator_grid(bias, scale * self._source[0].scale)
-        return self._apply_weights(x, weight, bias)
+        return self.apply_weights(x, weight, bias)
 
-    def _apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution or linear layer with other weights and another bias."""
         module = self.module
         if isinstance(module, nn.Linear):
             return F.linear(x, weight, bias)

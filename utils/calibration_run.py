@@ -1,0 +1,125 @@
+"""The calibration step of a run of ``quant_train.py``: ranges alone, or a ``--ptq`` recipe and what it measures."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.data_utils import Loader, normalize
+from utils.plots import plot_sqnr
+from utils.preprocess import Preprocess
+from utils.quantization_utils.calibrate import calibrate
+from utils.quantization_utils.prepare import QuantizedModel
+from utils.quantization_utils.ptq import quantize_after_training
+from utils.quantization_utils.ptq_recipe import parse_recipe
+from utils.quantization_utils.reconstruct import Settings, reconstruct
+from utils.quantization_utils.sqnr import format_worst, layer_sqnr
+from utils.run_data import inputs
+from utils.run_log import log
+from utils.run_state import Run
+from utils.train_flags import QUICK
+
+SQNR_PLOT, ROUNDING_STATE = "sqnr.png", "rounding.pth.tar"
+SQNR_IMAGES = 64
+
+
+class CalibrationImages:
+    """The images of a loader, decoded once; every pass yields them normalised, in the same batches and order."""
+
+    def __init__(self, loader: Loader, preprocess: Preprocess, device: torch.device) -> None:
+        self.preprocess, self.device = preprocess, device
+        bar = tqdm(loader, desc="calibration images", unit="batch", leave=False, disable=None)
+        self.batches = [images for images, _ in bar]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images in self.batches:
+            yield normalize(images.to(self.device), self.preprocess)
+
+    def first(self, count: int) -> Iterator[Tensor]:
+        """The first ``count`` images, in their batches."""
+        for images in self.batches:
+            if count > 0:
+                yield normalize(images[:count].to(self.device), self.preprocess)
+            count -= len(images)
+
+
+def calibrate_run(job: Run, configure: Callable[[], None]) -> None:
+    """Quantize the run's model on its calibration images: by ``--calibration``, or by the recipe of ``--ptq``.
+
+    configure: sets what the flags say about training, once ranges are known.
+    """
+    args, loader, experiment = job.args, job.data.calibration, job.experiment
+    if loader is None:
+        return
+    job.phase = "calibration"
+    order = f"{len(loader.dataset)} images in batches of {loader.batch_size}, in the order of the data set"
+    if args.ptq is None:
+        batches = inputs(loader, len(loader), experiment.preprocess, experiment.device, "calibration")
+        calibrate(experiment.model, batches, args.calibration, args.calib_percentile, args.mse_power or 2.0)
+        log.info("calibrated on %s (%s)", order, args.calibration)
+        configure()
+        return
+    log.info("post-training quantization %s on %s", args.ptq, order)
+    images = CalibrationImages(loader, experiment.preprocess, experiment.device)
+    reference = _quantize(job, images)
+    configure()
+    values = layer_sqnr(experiment.model, images.first(SQNR_IMAGES), reference)
+    log.info(format_worst(values))
+    title = f"{experiment.info.name}, {experiment.scheme_name}, {args.ptq}"
+    plot_sqnr(args.save_path / SQNR_PLOT, values, title=title)
+    job.measured |= {"ptq": args.ptq, "sqnr_db": {name: round(db, 2) for name, db in values.items()}}
+
+
+def _quantize(job: Run, images: CalibrationImages) -> dict[str, Tensor]:
+    args = job.args
+    return quantize_after_training(
+        job.experiment.model,
+        images,
+        parse_recipe(args.ptq),
+        percentile=args.calib_percentile,
+        power=args.mse_power,
+        per_channel=args.channel_wise,
+        rounding=partial(_round, job),
+        say=lambda line: log.info("  %s", line),
+    )
+
+
+def _round(job: Run, model: QuantizedModel, images: list[Tensor]) -> None:
+    """``adaround`` or ``block``; finished parts are kept in a file until all are done."""
+    args, state = job.args, job.args.save_path / ROUNDING_STATE
+    granularity: Literal["layer", "block"] = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
+    settings = Settings(granularity) if args.ptq_setting == QUICK else Settings.published(granularity)
+    job.phase, job.kept = "learned rounding", f"finished {granularity}s are in {state}, the same command goes on"
+    results = reconstruct(model, images, replace(settings, seed=args.seed, state=state))
+    seconds = sum(result.seconds for result in results)
+    improved = sum(result.loss_after < result.loss_nearest for result in results)
+    log.info(
+        "  learned rounding: %d %ss in %.0f s, %d better than nearest", len(results), granularity, seconds, improved
+    )
+    job.measured["rounding"] = [asdict(result) for result in results]
+    state.unlink(missing_ok=True)
+    job.phase, job.kept = "calibration", "nothing was saved"
+
+
+def unseen_accuracy(job: Run) -> dict[str, Any]:
+    """Top-1 on the validation images that calibration did not use; empty where it used none or all of them."""
+    unseen = job.data.unseen()
+    if unseen is None or job.last is None or job.graph is None:
+        return {}
+    labels = torch.from_numpy(job.data.val.dataset.labels)
+
+    def top1(predictions: Tensor | None) -> float | None:
+        return None if predictions is None else 100 * float((predictions == labels)[unseen].double().mean())
+
+    return {
+        "images_unseen": int(unseen.sum()),
+        "top1_float_unseen": top1(job.float_classes),
+        "top1_integer_unseen": top1(job.last.predictions),
+    }

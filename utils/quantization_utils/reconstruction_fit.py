@@ -1,0 +1,280 @@
+"""Finds roundings (and activation scales) that bring a unit's output near the float network's.
+
+Two ways to look at the same images: single output positions of one layer as a matrix product (:func:`fit_rows`), or
+whole maps through all operators of a unit (:func:`fit_images`).  The loss is the squared error summed over channels
+and averaged over images and positions.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.quantization_utils.adaround import Grid, SoftRounding
+from utils.quantization_utils.blocks import Unit
+from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
+from utils.quantization_utils.quant_primitives import MIN_ACTIVATION_SCALE, FakeQuantizeLearned, dense, int_range
+from utils.quantization_utils.rows import Rows
+from utils.quantization_utils.side_by_side import SideBySide, run_unit
+from utils.seeded import permutation
+
+PROBE_ROWS = 1 << 14
+CHECKS = 20
+SETTLED = 0.999  # a check that lowers the loss by less than 0.1 % found nothing new
+DECIDED = 0.005
+Report = Callable[[int, float], None]  # step and loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reconstruct.  The defaults suit a CPU; :meth:`published` is what papers report.
+
+    granularity: ``layer`` (AdaRound) or ``block`` (BRECQ, arXiv 2102.05426, with the plain squared error).
+    steps: per unit.  positions: output positions per step where a unit is one layer, drawn from all images; 0: whole
+    maps of ``batch`` images, as blocks always take them.  lr: of Adam on the rounding variables.
+    warmup: first share of the steps without regulariser; beta goes linearly from ``beta_start`` to ``beta_end`` in the
+    rest.  patience: twentieths of the steps without a gain of 0.1 % before a unit is done; 0: all steps.
+    learn_activation_scales: None: for blocks only.  scale_lr: of Adam on them, falling as a cosine.
+    negligible: units whose relative error is not above this are left as they are.
+    cache_gib: memory for activations; more is refused.  state: file that finished units are kept in.
+    """
+
+    granularity: Literal["layer", "block"] = "layer"
+    steps: int = 2000
+    batch: int = 32
+    positions: int = 2048
+    lr: float = 0.01
+    seed: int = 0
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    regulariser: float = 0.01
+    patience: int = 6
+    learn_activation_scales: bool | None = None
+    scale_lr: float = 4e-5
+    negligible: float = 1e-6
+    cache_gib: float = 8.0
+    state: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("layer", "block"):
+            raise UserError(f"reconstruction by {self.granularity!r} does not exist; give 'layer' or 'block'")
+        for name in ("steps", "batch"):
+            if vars(self)[name] < 1:
+                raise UserError(f"reconstruction got {name} {vars(self)[name]}; give at least 1")
+        if self.positions < 0:
+            raise UserError(f"reconstruction got positions {self.positions}; give a positive number, or 0 for all")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"reconstruction got warmup {self.warmup}; give a share of the steps, from 0 to below 1")
+
+    @classmethod
+    def published(cls, granularity: Literal["layer", "block"] = "layer", state: Path | None = None) -> "Settings":
+        """10,000 steps of 64 images per layer, or 20,000 steps of 32 images per block; lr 1e-3; no early stop."""
+        steps, batch = (10_000, 64) if granularity == "layer" else (20_000, 32)
+        return cls(granularity, steps, batch, positions=0, lr=1e-3, patience=0, state=state)
+
+    @property
+    def learns_scales(self) -> bool:
+        """Whether activation scales are learned."""
+        return self.granularity == "block" if self.learn_activation_scales is None else self.learn_activation_scales
+
+    def schedule(self, step: int) -> tuple[float, float]:
+        """Beta and strength of the regulariser at a step."""
+        start = self.warmup * self.steps
+        if step < start:
+            return self.beta_start, 0.0
+        share = (step - start) / max(1.0, self.steps - start)
+        return self.beta_start + (self.beta_end - self.beta_start) * share, self.regulariser
+
+
+class _Patience:
+    """Says when the loss has settled; the warm-up does not count."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.every = max(1, settings.steps // CHECKS)
+        self.first, self.most = settings.warmup * settings.steps, settings.patience
+        self.best, self.idle = math.inf, 0
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.every == 0
+
+    def over(self, step: int, loss: float) -> bool:
+        if step < self.first or self.most == 0:
+            return False
+        self.idle = 0 if loss < SETTLED * self.best else self.idle + 1
+        self.best = min(self.best, loss)
+        return self.idle >= self.most
+
+
+def _adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+
+def evaluated_bias(layer: QuantLayer) -> Tensor:
+    """The bias [O] of a quantized layer as evaluation adds it, on the accumulator's grid: its answer to zeros."""
+    module = layer.module
+    with torch.no_grad():
+        if isinstance(module, nn.Linear):
+            return layer(module.weight.new_zeros(1, module.in_features))[0]
+        zeros = module.weight.new_zeros(1, module.in_channels, *module.weight.shape[2:])
+        return layer(zeros)[0, :, 0, 0]
+
+
+def fit_rows(unit: Unit, rows: Rows, grid: Grid, settings: Settings, report: Report) -> tuple[Tensor, int]:
+    """Integers for a unit's only layer, float32 [O, ...], and the steps taken.
+
+    Output channels do not depend on each other: every channel gets the best rounding seen at a check on a fixed part
+    of the rows, the nearest one included.
+    """
+    soft, layer = SoftRounding(grid), unit.layers[0]
+    optimiser, patience = _adam([soft.alpha], settings.lr), _Patience(settings)
+    bias = evaluated_bias(grid.layer)[:, None]
+
+    def error(weight: Tensor, columns: slice) -> Tensor:
+        product = rows.product(weight, columns) + bias
+        values = run_unit(unit, dict.fromkeys(unit.inputs), {layer.name: lambda x: product})
+        return (values[unit.target] - rows.targets[:, columns]).square()
+
+    @torch.no_grad()
+    def probed(integers: Tensor) -> Tensor:
+        return error(integers * soft.scale, slice(0, PROBE_ROWS)).mean(1)
+
+    best = grid.nearest
+    lowest = probed(best)
+    count = rows.targets.shape[1]
+    width = min(settings.positions, count)
+    for step in range(settings.steps):
+        start = min(step * width % count, count - width)
+        loss = error(soft.weights(*settings.schedule(step)), slice(start, start + width)).sum() / width
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if patience.due(step) or step + 1 == settings.steps:
+            integers = soft.integers()
+            losses = probed(integers)
+            better = losses < lowest
+            best = torch.where(better.reshape(-1, *[1] * (best.dim() - 1)), integers, best)
+            lowest = torch.minimum(lowest, losses)
+            report(step + 1, float(lowest.sum()))
+            if patience.over(step, float(lowest.sum())):
+                break
+    return best, step + 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """Integers by layer, activation scales by quantizer (both by operator name), and the steps taken."""
+
+    integers: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    steps: int
+
+
+def fit_images(
+    unit: Unit, walk: SideBySide, grids: Mapping[str, Grid], settings: Settings, seed: int, report: Report
+) -> Found:
+    """Roundings of a unit's layers and its activation scales, all together; whole maps of ``batch`` images a step.
+
+    grids: by operator name.  A unit is done early once its weights are decided and the loss has settled.
+    """
+    joint = _Joint(unit, walk, grids, settings)
+    patience, total = _Patience(settings), 0.0
+    batch = min(settings.batch, walk.count)
+    per_epoch, order = walk.count // batch, torch.empty(0)
+    for step in range(settings.steps):
+        if step % per_epoch == 0:
+            order = torch.from_numpy(permutation(walk.count, seed, step // per_epoch))
+        start = step % per_epoch * batch
+        total += joint.step(step, order[start : start + batch])
+        if patience.due(step):
+            report(step + 1, total / patience.every)
+            if patience.over(step, total / patience.every) and joint.undecided() < DECIDED:
+                break
+            total = 0.0
+    integers = {name: soft.integers() for name, soft in joint.soft.items()}
+    return Found(integers, {name: joint.limited(name).detach() for name in joint.scales}, step + 1)
+
+
+class _Joint:
+    """The variables of a unit and one step of their optimisers."""
+
+    def __init__(self, unit: Unit, walk: SideBySide, grids: Mapping[str, Grid], settings: Settings) -> None:
+        self.unit, self.walk, self.settings, self.grids = unit, walk, settings, grids
+        self.soft = {name: SoftRounding(grid) for name, grid in grids.items()}
+        self.biases = {name: evaluated_bias(grid.layer) for name, grid in grids.items()}
+        self.quantizers = _learnable(unit) if settings.learns_scales else {}
+        self.scales = {name: nn.Parameter(q.scale.clone()) for name, q in self.quantizers.items()}
+        self.optimisers = [_adam([soft.alpha for soft in self.soft.values()], settings.lr)]
+        if self.scales:
+            self.optimisers.append(_adam(list(self.scales.values()), settings.scale_lr))
+        self.channels = next(op.shape[0] for op in unit.ops if op.name == unit.target)
+
+    def step(self, number: int, images: Tensor) -> float:
+        """One step on some images; returns the loss."""
+        walk, unit = self.walk, self.unit
+        schedule = self.settings.schedule(number)
+        replaced: dict[str, Callable[..., Tensor]] = {
+            name: partial(self._layer, name, soft.weights(*schedule)) for name, soft in self.soft.items()
+        }
+        replaced |= {name: partial(self._quantize, name) for name in self.scales}
+        values = run_unit(unit, {name: walk.quantized.fetch(name, images) for name in unit.inputs}, replaced)
+        error = values[unit.target] - walk.floating.fetch(unit.target, images)
+        loss = error.square().sum() * (self.channels / error.numel())
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        falling = (1 + math.cos(math.pi * number / self.settings.steps)) / 2
+        for optimiser in self.optimisers[1:]:
+            optimiser.param_groups[0]["lr"] = self.settings.scale_lr * falling
+        for optimiser in self.optimisers:
+            optimiser.step()
+        return float(loss.detach())
+
+    def undecided(self) -> float:
+        """The largest share of weights of a layer that are still between two integers."""
+        return max((soft.undecided() for soft in self.soft.values()), default=0.0)
+
+    def limited(self, name: str) -> Tensor:
+        """A learned scale, not so large that codes would lie above a ReLU6's ceiling."""
+        quantizer = self.quantizers[name]
+        most = None if quantizer.ceiling is None else quantizer.ceiling / _levels(quantizer)
+        return self.scales[name].clamp(MIN_ACTIVATION_SCALE, most)
+
+    def _layer(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
+        return self.grids[name].layer.apply_weights(x, weight, self.biases[name])
+
+    def _quantize(self, name: str, x: Tensor) -> Tensor:
+        lo, hi = int_range(self.quantizers[name].bits, self.quantizers[name].signed)
+        lo = 0 if self.quantizers[name].relu else lo
+        result: Tensor = FakeQuantizeLearned.apply(dense(x), self.limited(name), lo, hi, 1.0)
+        return result
+
+
+def _levels(quantizer: Quantizer) -> int:
+    return int_range(quantizer.bits, quantizer.signed)[1]
+
+
+def _learnable(unit: Unit) -> dict[str, Quantizer]:
+    """Quantizers with a scale worth learning; those of sums fix how the branches are rounded and stay."""
+    kinds = {op.name: op.kind for op in unit.ops}
+    return {
+        op.name: op.module
+        for op in unit.ops
+        if isinstance(op.module, Quantizer) and _is_narrow(op.module) and kinds.get(op.inputs[0]) != "add"
+    }
+
+
+def _is_narrow(quantizer: Quantizer) -> bool:
+    return quantizer.bits <= 8 and quantizer.learned is None and float(quantizer.x_max) > 0
+
+
+def take_scale(quantizer: Quantizer, scale: Tensor) -> None:
+    """Give a quantizer the range that has this scale."""
+    reach = scale * _levels(quantizer)
+    quantizer.set_range(-reach if quantizer.signed else torch.zeros_like(reach), reach)
