@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils.errors import UserError
+from utils.provenance import write_csv
 from utils.trainer import Interrupted
 from zoo import listing, manifest, store, table, train
 from zoo.manifest import Own, Published
@@ -46,6 +47,8 @@ def _list(args: argparse.Namespace) -> int:
     kind = Own if args.own else Published if args.published else None
     entries = listing.select(manifest.load(), arch=args.arch, max_size=args.max_size, kind=kind)
     print(listing.listing(entries, manifest.read(manifest.MANIFEST).notes))
+    if args.output:
+        write_csv(args.output, [listing.line(entry) for entry in entries])
     return 0
 
 
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     group = shown.add_mutually_exclusive_group()
     group.add_argument("--own", action="store_true", help="entries trained and measured here only")
     group.add_argument("--published", action="store_true", help="entries of the original only")
+    shown.add_argument("--output", type=Path, metavar="CSV", help="also write it here, with provenance")
 
     download = command(
         "download", _download, "get an entry into the cache folder and print the file to give to --resume"

@@ -30,7 +30,7 @@ def select(
 
 def listing(entries: Sequence[Entry], notes: Notes) -> str:
     """The text: a table, then what the figures are.  entries: at least one."""
-    lines = [plain_table([_line(entry) for entry in entries]), ""]
+    lines = [plain_table([line(entry) for entry in entries]), ""]
     if any(isinstance(entry, Published) for entry in entries):
         lines += [f"published: {notes.figures}", f"  from {notes.source}", f"  {notes.licence}"]
     own = [entry for entry in entries if isinstance(entry, Own)]
@@ -44,7 +44,8 @@ def listing(entries: Sequence[Entry], notes: Notes) -> str:
     return "\n".join(lines)
 
 
-def _line(entry: Entry) -> dict[str, str]:
+def line(entry: Entry) -> dict[str, str]:
+    """One row of the table; figures that an entry does not have are "-"."""
     common = {"name": entry.name, "arch": entry.arch, "scheme": entry.scheme}
     if isinstance(entry, Own):
         return common | {

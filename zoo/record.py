@@ -35,8 +35,8 @@ ABSOLUTE = re.compile(r"(?<![\w.])/(?:[^\s/,;:'\"]+/)*([^\s/,;:'\"]+)")
 def record(runs: Runs, recipe: Recipe) -> Own:
     """Copy the result of a finished run, evaluate the copy, and write it into the manifest.
 
-    Raises UserError where a run is not finished or was made with other flags than the recipe's, the copy gives another accuracy than the run, or the validation
-    images are not all there.
+    Raises UserError where a run is not finished or was made with other flags than the recipe's, the copy gives another
+    accuracy than the run, or the validation images are not all there.
     """
     report = _finished(runs, recipe)
     control = find(recipe.control) if recipe.control else None
