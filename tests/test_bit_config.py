@@ -1,6 +1,5 @@
 """Schemes: the published ones against the original's tables, resolution rules, files, and every error message."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 import pytest
 
 from bit_config import PUBLISHED, Rule, Scheme, load_scheme, resolve, save_scheme, scheme_names
+from tests.utils.hawq.golden import expand, scheme_tables
 from utils.errors import UserError
+from utils.hawq.names import float_module
 from utils.quantization_utils.cost_model import Layer, LayerBits
 
 
@@ -34,30 +35,11 @@ def pairs(scheme: Scheme, layers: list[Layer] = LAYERS) -> dict[str, tuple[int, 
 
 # --- The published schemes -----------------------------------------------------------------------------------------
 
-# Names of the original (checkpoint keys) -> module paths of the PyTorchCV model.
-TRANSLATION: dict[str, list[tuple[str, str | None]]] = {
-    "resnet": [
-        (r"^quant_init(_block)?_convbn$", "features.init_block.conv.conv"),
-        (r"^quant_output$", "output"),
-        (r"^(stage\d\.unit\d+)\.quant_convbn(\d)$", r"features.\1.body.conv\2.conv"),
-        (r"^(stage\d\.unit\d+)\.quant_identity_convbn$", r"features.\1.identity_conv.conv"),
-    ],
-    "mobilenetv2_w1": [
-        (r"^init_block$", "features.init_block.conv"),
-        (r"^output$", "output"),
-        (r"^(features\.final_block|features\.stage\d\.unit\d\.conv\d)$", r"\1.conv"),
-    ],
-    "inceptionv3": [(r"^output\.q_fc$", "output.fc"), (r"^features\..*q_convbn$", None)],
-}
 
-
-def translate(arch: str, name: str) -> str | None:
+def translate(name: str, layers: set[str]) -> str | None:
     """Module path of a convolution or linear layer of the original; None for its activations."""
-    for pattern, replacement in TRANSLATION.get(arch, TRANSLATION["resnet"]):
-        if match := re.match(pattern, name):
-            stripped = name.replace(".q_convbn", ".conv").replace("q_", "")
-            return stripped if replacement is None else match.expand(replacement)
-    return None
+    path = float_module(name)
+    return next((found for found in (f"{path}.conv", str(path)) if found in layers), None)
 
 
 def activation_of(arch: str, name: str, modules: set[str]) -> str:
@@ -92,22 +74,12 @@ def _inception_activation(name: str, modules: set[str]) -> str:
     return f"{branch}.q_pool_act" if f"{branch}.q_pool_act" in modules else f"{branch}.q_input_act"
 
 
-def expand(table: dict[str, Any], scheme: str) -> dict[str, int]:
-    """All modules of a scheme with their bits, as the format line of hawq_schemes.json says."""
-    entry = table["schemes"][scheme]
-    bits = dict.fromkeys(table["modules"], entry["default"])
-    bits |= dict.fromkeys(entry.get("residual16", table["residual16"]), 16)
-    for value, names in entry["overrides"].items():
-        bits |= dict.fromkeys(names, int(value))
-    return {name: value for name, value in bits.items() if name not in entry.get("absent", [])}
-
-
 CASES = [(arch, scheme) for arch, schemes in PUBLISHED.items() for scheme in schemes]
 
 
 @pytest.fixture(scope="session")
 def originals(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "reference" / "hawq_schemes.json").read_text())["archs"]
+    return scheme_tables(shared)
 
 
 def test_exactly_the_published_schemes_exist(originals: dict[str, Any]) -> None:
@@ -119,21 +91,14 @@ def test_exactly_the_published_schemes_exist(originals: dict[str, Any]) -> None:
 def test_published_scheme(originals: dict[str, Any], network: Callable[..., Any], arch: str, name: str) -> None:
     """Weight bits of every layer, bits of the activation in front of it, and the 16-bit tensors."""
     original, layers = expand(originals[arch], name), network(arch).layers
-    expected = {}
+    names, expected = {layer.name for layer in layers}, {}
     for module, bits in original.items():
-        if path := translate(arch, module):
+        if path := translate(module, names):
             expected[path] = (bits, original[activation_of(arch, module, set(original))])
     scheme = load_scheme(name, arch)
     assert pairs(scheme, layers) == expected
-    assert set(expected) == {layer.name for layer in layers}
+    assert set(expected) == names
     assert {bits for bits in original.values() if bits > 8} == {scheme.residual_bits}
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101", "mobilenetv2_w1", "inceptionv3"])
-def test_translation_names_the_layer_the_weights_come_from(shared: Path, arch: str) -> None:
-    layout = json.loads((shared / "reference" / "hawq_golden" / f"layout_{arch}.json").read_text())
-    sources = {name: source["weight"].removesuffix(".weight") for name, source in layout["layer_sources"].items()}
-    assert {name: translate(arch, name) for name in sources} == sources
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101"])

@@ -616,7 +616,11 @@ def test_interrupt_tells_the_command_that_continues(
 
 @pytest.mark.parametrize(
     ("function", "phase"),
-    [("_train_float", "evaluation of the float network"), ("calibrate", "calibration"), ("_report", "last evaluation")],
+    [
+        ("quant_train._train_float", "evaluation of the float network"),
+        ("utils.calibration_run.calibrate", "calibration"),
+        ("quant_train._report", "last evaluation"),
+    ],
 )
 def test_interrupt_elsewhere(
     function: str, phase: str, tmp_path: Path, weights: list[str], capsys: Any, monkeypatch: Any
@@ -624,11 +628,11 @@ def test_interrupt_elsewhere(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quant_train, function, interrupt)
+    monkeypatch.setattr(function, interrupt)
     argv = [*weights, "--epochs", "0", "--save-path", str(tmp_path)]
     assert quant_train.main(argv) == quant_train.EXIT_INTERRUPTED
     error = capsys.readouterr().err.strip()
-    saved = "saved; to continue: python" if function == "_report" else "nothing was saved"
+    saved = "saved; to continue: python" if function.endswith("_report") else "nothing was saved"
     assert f"stopped during the {phase}" in error
     assert saved in error
     assert "\n" not in error

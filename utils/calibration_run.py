@@ -21,10 +21,12 @@ from utils.quantization_utils.sqnr import format_worst, layer_sqnr
 from utils.run_data import inputs
 from utils.run_log import log
 from utils.run_state import Run
-from utils.train_flags import QUICK
+from utils.train_flags import PUBLISHED, QUICK
 
+Granularity = Literal["layer", "block"]
 SQNR_PLOT, ROUNDING_STATE = "sqnr.png", "rounding.pth.tar"
 SQNR_IMAGES = 64
+SETTINGS: dict[str, Callable[[Granularity], Settings]] = {QUICK: Settings, PUBLISHED: Settings.published}
 
 
 class CalibrationImages:
@@ -94,8 +96,8 @@ def _quantize(job: Run, images: CalibrationImages) -> dict[str, Tensor]:
 def _round(job: Run, model: QuantizedModel, images: list[Tensor]) -> None:
     """``adaround`` or ``block``; finished parts are kept in a file until all are done."""
     args, state = job.args, job.args.save_path / ROUNDING_STATE
-    granularity: Literal["layer", "block"] = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
-    settings = Settings(granularity) if args.ptq_setting == QUICK else Settings.published(granularity)
+    granularity: Granularity = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
+    settings = SETTINGS[args.ptq_setting](granularity)
     job.phase, job.kept = "learned rounding", f"finished {granularity}s are in {state}, the same command goes on"
     results = reconstruct(model, images, replace(settings, seed=args.seed, state=state))
     seconds = sum(result.seconds for result in results)

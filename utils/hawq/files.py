@@ -55,11 +55,16 @@ def recognise(content: Any, path: Path) -> HawqFile | None:
         joined = {plain_key(str(key)): value for part in INTEGER_DICTS for key, value in content[part].items()}
         return HawqFile(path, _tensors(joined, path), True)
     state = content.get("state_dict", content)
-    if not isinstance(state, Mapping) or not any(str(key).rsplit(".", 1)[-1] in DERIVED_ENTRIES for key in state):
+    if not isinstance(state, Mapping) or not any(_is_derived(str(key)) for key in state):
         return None
     arch, epoch = content.get("arch"), content.get("epoch", 0)
     tensors = _tensors({plain_key(str(key)): value for key, value in state.items()}, path)
     return HawqFile(path, tensors, False, arch if isinstance(arch, str) else None, epoch if type(epoch) is int else 0)
+
+
+def _is_derived(key: str) -> bool:
+    module, _, leaf = key.rpartition(".")
+    return bool(module) and leaf in DERIVED_ENTRIES
 
 
 def _tensors(entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -116,10 +116,10 @@ def conv2d(node: Node, context: Context) -> Step:
         return _channelwise(node, context, pieces, dtype)
     weights = [context.tensor(p.weight, dtype).contiguous(memory_format=torch.channels_last) for p in pieces]
     bias, factors = context.tensor(node.arrays["bias"], torch.float64), tuple(p.factor for p in pieces)
-    top, bottom, left, right = attrs["padding"]
+    stride, (top, bottom, left, right) = _needed_stride(node, context.types[node.inputs[0]].shape[2])
     symmetric = top == bottom and left == right
     padding = (top, left) if symmetric else (0, 0)
-    stride, dilation, groups = tuple(attrs["stride"]), tuple(attrs["dilation"]), attrs["groups"]
+    dilation, groups = tuple(attrs["dilation"]), attrs["groups"]
 
     def step(inputs: Sequence[Value]) -> Value:
         x = dense(inputs[0]).to(dtype)
@@ -131,6 +131,17 @@ def conv2d(node: Node, context: Context) -> Step:
         return Accumulator(tuple(parts), factors, bias)
 
     return step
+
+
+def _needed_stride(node: Node, width: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Stride and padding of a convolution; where the results are one column, without a column stride and what lies
+    right of the only window: oneDNN (of torch 2.11) reads rows of one-channel images wrongly under such a stride."""
+    attrs = node.attrs
+    (rows, columns), (top, bottom, left, right) = attrs["stride"], attrs["padding"]
+    if columns > 1 and node.type.shape[2] == 1:
+        reach = attrs["dilation"][1] * (node.arrays["weight"].shape[3] - 1) + 1
+        columns, right = 1, reach - width - left
+    return (rows, columns), (top, bottom, left, right)
 
 
 def _is_channelwise(node: Node) -> bool:

@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -66,3 +68,19 @@ def load(shared: Path, arch: str, scheme: str) -> Golden:
     images = rule.det_images("eval", 4, SIZES.get(arch, 224))
     with np.load(shared / "reference" / "hawq_golden" / f"golden_{arch}_{scheme}.npz") as record:
         return Golden(file, integer_graph(file, float_input=True).graph, images, dict(record))
+
+
+def scheme_tables(shared: Path) -> dict[str, Any]:
+    """Architecture -> modules of the original and their bits under its published schemes."""
+    tables: dict[str, Any] = json.loads((shared / "reference" / "hawq_schemes.json").read_text())["archs"]
+    return tables
+
+
+def expand(table: dict[str, Any], scheme: str) -> dict[str, int]:
+    """All modules of a scheme with their bits, as the format line of hawq_schemes.json says."""
+    entry = table["schemes"][scheme]
+    bits = dict.fromkeys(table["modules"], entry["default"])
+    bits |= dict.fromkeys(entry.get("residual16", table["residual16"]), 16)
+    for value, names in entry["overrides"].items():
+        bits |= dict.fromkeys(names, int(value))
+    return {name: value for name, value in bits.items() if name not in entry.get("absent", [])}

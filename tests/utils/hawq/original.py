@@ -1,7 +1,7 @@
 """The original's forward written anew with plain torch operators, and checkpoints that it would have saved.
 
-No arithmetic here is of ``utils.hawq``: integers are carried in float64, rescaling follows the formula with frexp, pooling
-and ReLU happen where the original has them.  Networks: ResNets and MobileNetV2, at any input size.
+No arithmetic here is of ``utils.hawq``: integers are carried in float64, rescaling follows the formula with frexp,
+pooling and ReLU happen where the original has them.  Networks: ResNets and MobileNetV2, at any input size.
 """
 
 import functools
@@ -25,8 +25,8 @@ RANGE = torch.tensor(1e-8)
 Bits = Mapping[str, int]  # layer of the original -> bits of its weights and of the activation in front of it
 RENAMED = (
     (r"features\.init_block\.conv\.((?:conv|bn)\..*)", r"quant_init_block_convbn.\1"),
-    (r"features\.(stage\d\.unit\d)\.body\.conv(\d)\.(.*)", r"\1.quant_convbn\2.\3"),
-    (r"features\.(stage\d\.unit\d)\.identity_conv\.(.*)", r"\1.quant_identity_convbn.\2"),
+    (r"features\.(stage\d\.unit\d+)\.body\.conv(\d)\.(.*)", r"\1.quant_convbn\2.\3"),
+    (r"features\.(stage\d\.unit\d+)\.identity_conv\.(.*)", r"\1.quant_identity_convbn.\2"),
     (r"output\.(.*)", r"quant_output.\1"),
 )
 RENAMED_MOBILENET = ((r"features\.init_block\.(.*)", r"init_block.\1"), (r"(.*)", r"\1"))

@@ -113,6 +113,23 @@ def test_sums_beyond_float32_are_split(value, channels, builder):
     assert_equal_everywhere(graph, np.zeros((2, channels, 5, 5), np.uint8))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("width", "kernel", "dilation", "sides"), [(4, 2, 1, 0), (7, 3, 2, 0), (2, 3, 1, 1), (1, 1, 1, 1)]
+)
+def test_results_of_one_column(channels, width, kernel, dilation, sides, builder, random_images):
+    """One step of a column stride is never taken; torch 2.11 gets it wrong where there is one channel."""
+    b = builder(0)
+    attrs = {"stride": [1, 5], "padding": [0, 0, sides, sides], "dilation": [1, dilation], "groups": 1}
+    weight = b.rng.integers(-128, 128, (8, channels, 2, kernel), dtype=np.int8)
+    arrays = {"weight": weight, "bias": b.rng.integers(-9, 9, 8, dtype=np.int32)}
+    x = b.image((channels, 6, width))
+    y = b.emit("conv2d", [x], attrs={**attrs, "weight_bits": 8}, arrays=arrays)
+    assert y.type.shape == (8, 5, 1)
+    graph = b.classifier(b.requantize(y), 2)
+    assert_equal_everywhere(graph, random_images(graph, 3))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 0), (1, 1)])
 def test_standalone_batch_norms(bits, stride, padding, builder, random_images):

@@ -1,5 +1,7 @@
 """Where networks are cut."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,10 +63,23 @@ def test_blocks_of_a_mobilenet_are_its_inverted_bottlenecks() -> None:
     assert found == [["features.init_block.conv"], *expected, ["features.final_block.conv", "output"]]
 
 
-def test_a_dense_block_without_a_place_to_cut_is_taken_layer_by_layer() -> None:
-    model = network("densenet121")
-    assert max(len(unit.layers) for unit in block_units(model.ops)) <= 12
-    assert len(names(block_units(model.ops))) > 100
+def test_blocks_of_a_densenet_are_its_units() -> None:
+    found = names(block_units(network("densenet121").ops))
+    assert len(found) == 1 + 58 + 3 + 1
+    assert all(len(layers) == 2 for layers in found if ".unit" in layers[0])
+
+
+def test_a_part_that_is_too_large_and_has_no_place_to_cut_is_taken_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("utils.quantization_utils.blocks.LARGEST_BLOCK", 2)
+    model = network("resnet20_cifar10")
+    units = block_units(model.ops)
+    assert complete(model, units)
+    assert [layers for layers in names(units) if "stage2.unit1" in layers[0]] == [
+        [f"features.stage2.unit1.{name}"] for name in ("identity_conv.conv", "body.conv1.conv", "body.conv2.conv")
+    ]
+    assert ["features.stage1.unit1.body.conv1.conv", "features.stage1.unit1.body.conv2.conv"] in names(units)
 
 
 class Forked(nn.Module):
@@ -81,7 +96,9 @@ class Forked(nn.Module):
 
 def test_a_layer_ends_at_a_fork_and_at_a_sum() -> None:
     model = quantize(Forked(), torch.zeros(1, 3, 4, 4), "uniform4")
-    kinds = {unit.layers[0].attrs["layer"]: [op.kind for op in unit.ops] for unit in layer_units(model.ops) if unit.layers}
+    kinds = {
+        unit.layers[0].attrs["layer"]: [op.kind for op in unit.ops] for unit in layer_units(model.ops) if unit.layers
+    }
     assert kinds["a"][:2] == ["conv", "quantize"]
     assert kinds["b"] == kinds["c"] == ["conv"]
     assert names(block_units(model.ops)) == [["a"], ["b", "c"]]
@@ -89,7 +106,7 @@ def test_a_layer_ends_at_a_fork_and_at_a_sum() -> None:
 
 def test_straight_rows_are_cut_where_least_flows() -> None:
     widths = [3, 32, 4, 32, 4, 32, 4]
-    convs = [nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False)]
+    convs = [nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths)]
     model = quantize(nn.Sequential(*convs, nn.Flatten()), torch.zeros(1, 3, 4, 4), "uniform4")
     assert names(block_units(model.ops, most=2)) == [["0", "1"], ["2", "3"], ["4", "5"]]
     assert [len(layers) for layers in names(block_units(model.ops, most=1))] == [1] * 6

@@ -9,7 +9,7 @@ import bit_config
 from utils.errors import UserError
 from utils.experiment import quantize_module
 from utils.quantization_utils.calibrate import calibrate
-from utils.quantization_utils.observers import METHODS
+from utils.quantization_utils.calibrators import METHODS
 
 
 def small_model(scheme="uniform8"):
