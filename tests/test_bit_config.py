@@ -10,7 +10,7 @@ import pytest
 from bit_config import PUBLISHED, Rule, Scheme, load_scheme, resolve, save_scheme, scheme_names
 from tests.utils.hawq.golden import expand, scheme_tables
 from utils.errors import UserError
-from utils.hawq.names import float_module
+from utils.hawq.names import float_layer
 from utils.quantization_utils.cost_model import Layer, LayerBits
 
 
@@ -34,12 +34,6 @@ def pairs(scheme: Scheme, layers: list[Layer] = LAYERS) -> dict[str, tuple[int, 
 
 
 # --- The published schemes -----------------------------------------------------------------------------------------
-
-
-def translate(name: str, layers: set[str]) -> str | None:
-    """Module path of a convolution or linear layer of the original; None for its activations."""
-    path = float_module(name)
-    return next((found for found in (f"{path}.conv", str(path)) if found in layers), None)
 
 
 def activation_of(arch: str, name: str, modules: set[str]) -> str:
@@ -93,7 +87,7 @@ def test_published_scheme(originals: dict[str, Any], network: Callable[..., Any]
     original, layers = expand(originals[arch], name), network(arch).layers
     names, expected = {layer.name for layer in layers}, {}
     for module, bits in original.items():
-        if path := translate(module, names):
+        if path := float_layer(module, names):
             expected[path] = (bits, original[activation_of(arch, module, set(original))])
     scheme = load_scheme(name, arch)
     assert pairs(scheme, layers) == expected

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.hawq.arithmetic import SMALLEST_RANGE, LayerIntegers, is_unsigned, relu6_bound, rescaling_ratio
-from utils.hawq.names import float_module
+from utils.hawq.names import float_layer
 from utils.hawq.parameters import Parameters
 from utils.hawq.schemes import RESIDUAL_BITS as WIDE_BITS
 from utils.integer_graph.input_table import pixel_table
@@ -102,11 +102,9 @@ class Builder:
 
     def path(self, name: str) -> str:
         """The float network's layer for a module of the original."""
-        found = float_module(name)
-        for path in (f"{found}.conv", str(found)):
-            if path in self.bits:
-                return path
-        raise UserError(f"the file has the layer {name}, this network has none; give the -a that it was made with")
+        path = float_layer(name, self.bits)
+        assert path is not None, f"{name} was to fit the network"
+        return path
 
     def bits_before(self, name: str) -> int:
         """Bits of the activation that a layer of the original reads."""

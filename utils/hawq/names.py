@@ -5,6 +5,7 @@ Weights are translated; activation quantizers have no counterpart in the float n
 """
 
 import re
+from collections.abc import Container
 
 RANGE_ENTRIES = ("x_min", "x_max")
 ACT_SCALE = "act_scaling_factor"
@@ -48,6 +49,16 @@ def float_module(name: str) -> str | None:
         if match := pattern.fullmatch(name):
             return match.expand(float_name)
     return None
+
+
+def float_layer(name: str, layers: Container[str]) -> str | None:
+    """The one among the float network's layers that a module of the original is: itself, or a block's convolution.
+
+    >>> float_layer("quant_init_convbn", {"features.init_block.conv.conv", "output"})
+    'features.init_block.conv.conv'
+    """
+    path = float_module(name)
+    return next((found for found in (f"{path}.conv", str(path)) if found in layers), None)
 
 
 def float_key(key: str) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import bit_config
 from utils.errors import UserError
 from utils.hawq.files import HawqFile
-from utils.hawq.names import WEIGHTS, float_module
+from utils.hawq.names import WEIGHTS, float_layer
 from utils.quantization_utils.cost_model import Layer, LayerBits
 
 Resolved = Mapping[str, LayerBits]
@@ -73,8 +73,7 @@ def _fitting(shown: Mapping[str, int], arch: str, layers: Sequence[Layer]) -> li
 def _first_disagreement(shown: Mapping[str, int], bits: Resolved) -> str | None:
     """The first entry that other bits must have made, in words; None where all agree (or show nothing)."""
     for key, got in shown.items():
-        path = float_module(key.removesuffix(f".{WEIGHTS}"))
-        expected = [bits[name].weight for name in (f"{path}.conv", str(path)) if name in bits]
-        if expected and got != expected[0]:
-            return f"{key} has {got} bits there, {expected[0]} in the scheme"
+        path = float_layer(key.removesuffix(f".{WEIGHTS}"), bits)
+        if path is not None and got != bits[path].weight:
+            return f"{key} has {got} bits there, {bits[path].weight} in the scheme"
     return None

@@ -138,8 +138,8 @@ def _needed_stride(node: Node, width: int) -> tuple[tuple[int, int], tuple[int, 
     right of the only window: oneDNN (of torch 2.11) reads rows of one-channel images wrongly under such a stride."""
     attrs = node.attrs
     (rows, columns), (top, bottom, left, right) = attrs["stride"], attrs["padding"]
-    if columns > 1 and node.type.shape[2] == 1:
-        reach = attrs["dilation"][1] * (node.arrays["weight"].shape[3] - 1) + 1
+    reach = attrs["dilation"][1] * (node.arrays["weight"].shape[3] - 1) + 1
+    if columns > 1 and node.type.shape[2] == 1 and reach > left:
         columns, right = 1, reach - width - left
     return (rows, columns), (top, bottom, left, right)
 

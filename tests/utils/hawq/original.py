@@ -112,6 +112,9 @@ class Original:
         self.acts["quant_input"] = self.clamp(torch.round(1 / scale * images).double(), bits)
         return Scaled(self.acts["quant_input"], scale)
 
+    def weight_range(self, weight: Tensor) -> Tensor:
+        return torch.maximum(weight.flatten(1).abs().amax(1), RANGE)
+
     def layer(self, name: str, path: str, x: Scaled) -> Scaled:
         get, conv = self.state.__getitem__, self.module.get_submodule(path)
         if f"{name}.bn.weight" in self.state:
@@ -125,7 +128,7 @@ class Original:
             weight, bias = get(f"{name}.weight"), self.state.get(f"{name}.bias")
             kind = "conv" if weight.ndim == 4 else "fc"
         top = 2 ** (self.bits[name] - 1) - 1
-        scale = torch.maximum(weight.flatten(1).abs().amax(1), RANGE) / top
+        scale = self.weight_range(weight) / top
         q = torch.round((1 / scale).view(-1, *(1,) * (weight.ndim - 1)) * weight).clamp(-top - 1, top)
         self.derived |= {f"{name}.{kind}_scaling_factor": scale, f"{name}.weight_integer": q}
         if isinstance(conv, nn.Conv2d):

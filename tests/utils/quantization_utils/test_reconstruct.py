@@ -1,0 +1,236 @@
+"""Reconstruction as a whole: it lowers every unit's error, writes back exactly, and repeats itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.api import calibrate, quantize
+from utils.errors import UserError
+from utils.quantization_utils.prepare import QuantizedModel
+from utils.quantization_utils.quant_modules import QuantLayer
+from utils.quantization_utils.reconstruct import LayerResult, Settings, reconstruct
+from utils.random_networks import random_images, spread_statistics
+
+QUICK = Settings(steps=60, positions=256, batch=8, lr=0.05)
+BLOCKS = replace(QUICK, granularity="block", scale_lr=1e-3)
+
+
+class Residual(nn.Module):
+    """Depthwise, grouped and strided convolutions, ReLU6, a sum, a linear layer; gamma of both signs and zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6())
+        self.wide = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(8))
+        self.down = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.head = nn.Linear(12, 5)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.relu(self.wide(self.deep(x)) + x)
+        return self.head(self.down(x).mean((2, 3)))
+
+
+def images(count: int = 32, seed: int = 0) -> Tensor:
+    """Smooth images: neighbouring pixels, so inputs of a layer, are correlated."""
+    return (random_images((3, 8, 8), count, seed).float() - 128) / 64
+
+
+def network(scheme: str = "w3a8", count: int = 32) -> QuantizedModel:
+    torch.manual_seed(1)
+    module = Residual()
+    spread_statistics(module, images())
+    with torch.no_grad():
+        module.stem[1].weight[0] *= -1
+        module.stem[1].weight[1] = 0
+        module.wide[0].weight[2] = 0
+    model = quantize(module, torch.zeros(1, 3, 8, 8), scheme)
+    calibrate(model, [images(count)])
+    return model
+
+
+def layers(model: QuantizedModel) -> dict[str, QuantLayer]:
+    return {name: layer for name, layer in model.weight_layers().items() if isinstance(layer, QuantLayer)}
+
+
+def integers(model: QuantizedModel) -> dict[str, Tensor]:
+    return {name: layer.integer_weights().weight for name, layer in layers(model).items()}
+
+
+def never_worse(results: list[LayerResult]) -> bool:
+    return all(result.loss_after <= result.loss_nearest for result in results)
+
+
+@pytest.mark.parametrize("scheme", ["w2a8", "w3a8", "w4a4", "w8a8"])
+def test_every_layer_with_an_error_gets_better(scheme: str) -> None:
+    results = reconstruct(network(scheme), images(), QUICK)
+    assert [result.name for result in results] == ["stem.0", "deep.0", "wide.0", "down.0", "head"]
+    assert never_worse(results)
+    gained = [result for result in results if result.loss_nearest > 1e-6]
+    assert gained
+    assert all(result.loss_after < result.loss_nearest and result.flipped > 0 for result in gained)
+
+
+def test_the_reported_loss_is_the_loss_of_the_model() -> None:
+    """Of the last layer, so that nothing behind it can hide a difference."""
+    model = network()
+    model.enable(False)
+    wanted = model(images()).detach()
+    model.enable()
+    last = reconstruct(model, images(), QUICK)[-1]
+    error = (model(images()) - wanted).square().sum() / wanted.square().sum()
+    assert last.loss_after == pytest.approx(float(error), rel=1e-4)
+
+
+def test_the_network_is_nearer_to_the_float_network_on_new_images() -> None:
+    model = network()
+    fresh = images(64, seed=9)
+    model.enable(False)
+    wanted = model(fresh)
+    model.enable()
+    before = (model(fresh) - wanted).square().sum()
+    reconstruct(model, images(), replace(QUICK, steps=300))
+    assert float((model(fresh) - wanted).square().sum()) < 0.8 * float(before)
+
+
+@pytest.mark.parametrize("settings", [BLOCKS, replace(BLOCKS, learn_activation_scales=False)])
+def test_blocks_get_better(settings: Settings) -> None:
+    model = network("w4a4")
+    ranges = {name: q.x_max.clone() for name, q in model.activation_quantizers().items()}
+    results = reconstruct(model, images(), settings)
+    assert [result.name for result in results] == ["stem.0", "deep.0 ... wide.0", "down.0 ... head"]
+    assert never_worse(results)
+    assert sum(result.loss_after < result.loss_nearest for result in results) >= 2
+    moved = [name for name, q in model.activation_quantizers().items() if not torch.equal(q.x_max, ranges[name])]
+    assert bool(moved) == settings.learns_scales
+    assert all(q.learned is None for q in model.activation_quantizers().values())
+
+
+@pytest.mark.parametrize("positions", [0, 100_000])
+def test_whole_maps_and_all_positions_serve_too(positions: int) -> None:
+    results = reconstruct(network(), images(), replace(QUICK, positions=positions))
+    assert never_worse(results)
+    assert sum(result.loss_after < result.loss_nearest for result in results) >= 4
+
+
+@pytest.mark.parametrize("settings", [QUICK, BLOCKS])
+def test_the_same_seed_gives_the_same_weights(settings: Settings) -> None:
+    first, second, other = network("w4a4"), network("w4a4"), network("w4a4")
+    for model, seed in ((first, 3), (second, 3), (other, 4)):
+        reconstruct(model, images(), replace(settings, seed=seed))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    mine, others = integers(first), integers(other)
+    assert any(not torch.equal(mine[name], others[name]) for name in mine)
+
+
+@pytest.mark.parametrize("settings", [QUICK, BLOCKS])
+def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, tmp_path: Path) -> None:
+    whole, halved = network("w4a4"), network("w4a4")
+    expected = reconstruct(whole, images(), settings)
+    settings = replace(settings, state=tmp_path / "state.pth.tar")
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(halved, images(), settings, stop_after(2))
+    resumed = network("w4a4")
+    results = reconstruct(resumed, images(), settings)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    numbers = [[replace(result, seconds=0) for result in found] for found in (results, expected)]
+    assert numbers[0] == numbers[1]
+
+
+def stop_after(count: int) -> Callable[[LayerResult], None]:
+    seen: list[LayerResult] = []
+
+    def stop(result: LayerResult) -> None:
+        seen.append(result)
+        if len(seen) == count:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_finished_state_repeats_the_result_without_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(QUICK, state=tmp_path / "state.pth.tar")
+    first, second = network(), network()
+    reconstruct(first, images(), settings)
+    monkeypatch.setattr("utils.quantization_utils.reconstruct.fit_rows", None)
+    reconstruct(second, images(), settings)
+    assert all(torch.equal(a, b) for a, b in zip(integers(first).values(), integers(second).values(), strict=True))
+
+
+def test_one_image_is_enough() -> None:
+    assert never_worse(reconstruct(network(count=1), images(1), QUICK))
+    assert never_worse(reconstruct(network("w4a4", count=1), images(1), BLOCKS))
+
+
+def test_batches_count_as_one_set() -> None:
+    whole, parts = network(), network()
+    reconstruct(whole, images(), QUICK)
+    reconstruct(parts, images().split(7), QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(integers(whole).values(), integers(parts).values(), strict=True))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(self.own(self.shared(torch.relu(self.shared(x)))), 1)
+
+
+def test_a_layer_that_runs_twice_is_left_alone() -> None:
+    torch.manual_seed(1)
+    module = Twice()
+    shared, own = module.shared.weight.detach().clone(), module.own.weight.detach().clone()
+    model = quantize(module, torch.zeros(1, 3, 8, 8), "w3a8")
+    calibrate(model, [images()])
+    assert [result.name for result in reconstruct(model, images(), QUICK)] == ["own"]
+    assert torch.equal(module.shared.weight, shared)
+    assert not torch.equal(module.own.weight, own)
+
+
+def test_negligible_errors_are_left_alone() -> None:
+    model = network()
+    weights = {name: layer.module.weight.detach().clone() for name, layer in layers(model).items()}
+    results = reconstruct(model, images(), replace(QUICK, negligible=10.0))
+    assert [result.steps for result in results] == [0] * 5
+    assert all(torch.equal(layer.module.weight, weights[name]) for name, layer in layers(model).items())
+
+
+def test_a_loss_that_settles_ends_a_layer_early() -> None:
+    settings = replace(QUICK, steps=400, patience=2)
+    results = reconstruct(network("w2a8"), images(), settings)
+    assert any(result.steps < 400 for result in results)
+    everything = reconstruct(network("w2a8"), images(), replace(settings, patience=0))
+    assert all(result.steps == 400 for result in everything)
+
+
+def test_uncalibrated_models_are_refused() -> None:
+    model = quantize(Residual(), torch.zeros(1, 3, 8, 8), "w4a8")
+    with pytest.raises(UserError, match="no activation ranges yet; call calibrate"):
+        reconstruct(model, images(), QUICK)
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(0, 3, 8, 8), []])
+def test_no_images_are_refused(nothing: Tensor | list[Tensor]) -> None:
+    with pytest.raises(UserError, match="got 0 images; give at least one"):
+        reconstruct(network(), nothing, QUICK)
+
+
+def test_too_little_memory_is_refused_before_anything_happens() -> None:
+    with pytest.raises(UserError, match=r"activations of 32 images take 0\.0 GiB.*give at most \d+ images"):
+        reconstruct(network(), images(), replace(QUICK, cache_gib=1e-5))
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    model = network()
+    bad = images()
+    bad[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"not finite at 'stem\.0'"):
+        reconstruct(model, bad, QUICK)
