@@ -89,7 +89,7 @@ def test_clip_of_channels(target: Target, channels: int) -> None:
 
 @EACH
 def test_a_sum_of_32_bits_whose_branches_are_greatest_in_other_channels(target: Target) -> None:
-    """Both branches reach 3 * 2**29, their sum hardly more: one channel takes the first, the other the second."""
+    """Both branches reach about 3 * 2**29, their sum hardly more: one channel takes the first, the other the second."""
     x = signed16(2)
     attrs = {"rounding": "even", "lo": None, "hi": None, "bits": 32, "signed": True}
     arrays = {f"multiplier{i}": np.full(2, 3 << 29, np.int32) for i in (0, 1)}

@@ -63,6 +63,14 @@ def integers(model: QuantizedModel) -> dict[str, Tensor]:
     return {name: layer.integer_weights().weight for name, layer in layers(model).items()}
 
 
+@torch.no_grad()
+def float_answers(model: QuantizedModel, batch: Tensor) -> Tensor:
+    model.enable(False)
+    answers: Tensor = model(batch)
+    model.enable()
+    return answers
+
+
 def never_worse(results: list[LayerResult]) -> bool:
     return all(result.loss_after <= result.loss_nearest for result in results)
 
@@ -80,23 +88,19 @@ def test_every_layer_with_an_error_gets_better(scheme: str) -> None:
 def test_the_reported_loss_is_the_loss_of_the_model() -> None:
     """Of the last layer, so that nothing behind it can hide a difference."""
     model = network()
-    model.enable(False)
-    wanted = model(images()).detach()
-    model.enable()
+    wanted = float_answers(model, images())
     last = reconstruct(model, images(), QUICK)[-1]
-    error = (model(images()) - wanted).square().sum() / wanted.square().sum()
+    error = (model(images()).detach() - wanted).square().sum() / wanted.square().sum()
     assert last.loss_after == pytest.approx(float(error), rel=1e-4)
 
 
 def test_the_network_is_nearer_to_the_float_network_on_new_images() -> None:
     model = network()
     fresh = images(64, seed=9)
-    model.enable(False)
-    wanted = model(fresh)
-    model.enable()
-    before = (model(fresh) - wanted).square().sum()
+    wanted = float_answers(model, fresh)
+    before = (model(fresh).detach() - wanted).square().sum()
     reconstruct(model, images(), replace(QUICK, steps=300))
-    assert float((model(fresh) - wanted).square().sum()) < 0.8 * float(before)
+    assert float((model(fresh).detach() - wanted).square().sum()) < 0.8 * float(before)
 
 
 @pytest.mark.parametrize("settings", [BLOCKS, replace(BLOCKS, learn_activation_scales=False)])
@@ -124,7 +128,9 @@ def test_the_same_seed_gives_the_same_weights(settings: Settings) -> None:
     first, second, other = network("w4a4"), network("w4a4"), network("w4a4")
     for model, seed in ((first, 3), (second, 3), (other, 4)):
         reconstruct(model, images(), replace(settings, seed=seed))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     mine, others = integers(first), integers(other)
     assert any(not torch.equal(mine[name], others[name]) for name in mine)
 
@@ -138,7 +144,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, tmp_path:
         reconstruct(halved, images(), settings, stop_after(2))
     resumed = network("w4a4")
     results = reconstruct(resumed, images(), settings)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
     numbers = [[replace(result, seconds=0) for result in found] for found in (results, expected)]
     assert numbers[0] == numbers[1]
 
