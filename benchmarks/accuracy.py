@@ -1,6 +1,6 @@
 """Accuracy of quantized networks on real images, one row per run of ``quant_train.py``.
 
-    python benchmarks/accuracy.py --weights DIR [--cifar DIR] [--imagenet DIR] [--only TEXT] [--output FILE]
+    python -m benchmarks.accuracy --weights DIR [--cifar DIR] [--imagenet DIR] [--only TEXT] [--output FILE]
 
 DIR of --weights holds the float weights named in ``CASES``; --cifar has train/ and val/ of CIFAR-10 as images,
 --imagenet a val/ folder.  Every row is a complete run with its own command; rows already in the output with the same
@@ -8,17 +8,15 @@ name are replaced, others are kept.
 """
 
 import argparse
-import csv
 import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import quant_train
-from utils.provenance import provenance, write_csv
+from utils.provenance import provenance, read_csv, write_csv
 
 CIFAR = "--mean .485 .456 .406 --std .229 .224 .225"
 RESNET20 = f"-a resnet20_cifar10 --weights {{weights}}/cifar10_weights/pytorchcv_resnet20_cifar10_jpegft.pth {CIFAR}"
@@ -31,8 +29,10 @@ DISTILLED = (
     "--teacher-weights {weights}/cifar10_weights/pytorchcv_resnet20_cifar10_jpegft.pth"
 )
 
-# Name -> data set, flags.  One epoch of CIFAR-10 at batch 128 is 390 steps.
-CASES = {
+Cases = dict[str, tuple[str, str]]  # name -> data set (cifar or imagenet), flags of quant_train.py
+
+# One epoch of CIFAR-10 at batch 128 is 390 steps.
+CASES: Cases = {
     "ResNet-20 W8A8, calibration": ("cifar", f"{RESNET20} --quant-scheme uniform8 --epochs 0"),
     "ResNet-56 W8A8, calibration": ("cifar", f"{RESNET56} --quant-scheme uniform8 --epochs 0"),
     "ResNet-20 W4A4, calibration": ("cifar", f"{RESNET20} --quant-scheme uniform4 --epochs 0"),
@@ -57,8 +57,8 @@ KEYS = (
 )
 
 
-def measure(name: str, data: Path, flags: str, weights: Path) -> dict[str, object]:
-    """One complete run; the row holds what its report says, and its command with folders by their roles."""
+def measure(name: str, data: Path, flags: str, weights: Path, keys: Sequence[str]) -> dict[str, object]:
+    """One complete run; the row holds the ``keys`` of its report, and its command with folders by their roles."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = flags.format(weights=weights)
@@ -67,38 +67,34 @@ def measure(name: str, data: Path, flags: str, weights: Path) -> dict[str, objec
         if code != 0:
             raise SystemExit(code)
         found = json.loads(report.read_text())
-    values = {key: "" if found.get(key) is None else round(found[key], 2) for key in KEYS}
+    values = {key: "" if found.get(key) is None else round(found[key], 2) for key in keys}
     shown = flags.format(weights="WEIGHTS")
     cost = {"size_mib": round(found["size_mib"], 3), "bops_g": round(found["bops_g"], 3)}
     row = {"run": name, "images": found["images"], **values, **cost, "seconds": found["seconds"]}
     return {**row, "commit": provenance()["commit"], "command": f"python quant_train.py {shown} --data DATA"}
 
 
-def _old_rows(path: Path) -> dict[str, dict[str, object]]:
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return {row["run"]: dict(row) for row in rows}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str, cases: Cases, keys: Sequence[str], output: Path, argv: Sequence[str] | None = None) -> int:
+    """The command line of a table of runs; what is measured is in ``output`` after every run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument("--cifar", type=Path, metavar="DIR")
     parser.add_argument("--imagenet", type=Path, metavar="DIR")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains this text")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/accuracy.csv"), metavar="FILE")
-    args = parser.parse_args()
-    rows = _old_rows(args.output)
-    for name, (dataset, flags) in CASES.items():
+    parser.add_argument("--missing", action="store_true", help="runs that the output has no row of")
+    parser.add_argument("--output", type=Path, default=output, metavar="FILE")
+    args = parser.parse_args(argv)
+    old = read_csv(args.output)[1] if args.output.exists() else []
+    rows: dict[str, dict[str, object]] = {row["run"]: dict(row) for row in old}
+    for name, (dataset, flags) in cases.items():
         data = args.cifar if dataset == "cifar" else args.imagenet
-        if data is None or args.only not in name:
+        if data is None or args.only not in name or (args.missing and name in rows):
             continue
-        rows[name] = measure(name, data, flags, args.weights)
+        rows[name] = measure(name, data, flags, args.weights, keys)
         fields = list(rows[name])
-        write_csv(args.output, [{key: rows[run].get(key, "") for key in fields} for run in CASES if run in rows])
+        write_csv(args.output, [{key: rows[run].get(key, "") for key in fields} for run in cases if run in rows])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(str(__doc__), CASES, KEYS, Path("runs/bench/accuracy.csv")))

@@ -45,7 +45,8 @@ RANKS: tuple[str, ...] = (
     """/tvm_benchmark.dense /tvm_benchmark.depthwise hawq.fitting quantization_utils.prepare""",
     """/tvm_benchmark.registers /tvm_benchmark.tiles evaluation hawq.graph integer_graph.from_torch
     quantization_utils.calibrate quantization_utils.equalize quantization_utils.execution
-    quantization_utils.side_by_side quantization_utils.state quantization_utils.training
+    quantization_utils.side_by_side quantization_utils.single_layer quantization_utils.state
+    quantization_utils.training
     quantization_utils.weight_ranges /zoo.table""",
     """/benchmarks.qat_step /tvm_benchmark.convolution experiment quantization_utils.bias_correction
     quantization_utils.reconstruction_fit quantization_utils.sqnr run_data train_flags trainer""",
@@ -59,7 +60,7 @@ RANKS: tuple[str, ...] = (
     """/benchmarks.tvm_latency hawq.__main__ hawq_run /zoo.kinds""",
     """/quant_train""",
     """/benchmarks.accuracy /examples.demo /zoo.record /zoo.verify""",
-    """/zoo.train""",
+    """/benchmarks.ptq /zoo.train""",
     """/zoo.__main__""",
 )
 
