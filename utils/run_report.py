@@ -39,7 +39,7 @@ EXTRA_KEYS: tuple[str, ...] = (
 EXTRA_KEYS += (SAME, "top1_simulation", "engine", "images_per_second")
 # Only with --ptq: the recipe, the signal to quantization noise by layer, what adaround or block did to each part; only
 # where validation images calibrated: how many did not, and top-1 on those.
-PTQ_KEYS = ("ptq", "sqnr_db", "rounding")
+PTQ_KEYS = ("ptq", "sqnr_db", "rounding", "rounding_seconds")
 UNSEEN_KEYS = ("images_unseen", "top1_float_unseen", "top1_integer_unseen")
 
 

@@ -3,7 +3,7 @@
 from torch import fx
 
 from utils.quantization_utils.capture import Captured
-from utils.quantization_utils.float_ops import Builder, Op, sources, target_name
+from utils.quantization_utils.float_ops import Builder, Op, shape_of, sources, target_name
 from utils.quantization_utils.float_rows import FUNCTIONS, MODULES
 
 
@@ -59,7 +59,9 @@ def _translate(builder: Builder, node: fx.Node) -> list[Op]:
     if node.op == "output":
         if not isinstance(node.args[0], fx.Node) or not sources(node):
             raise builder.refuse(node, "it returns several values or a constant; a classifier returns its logits alone")
-        return [builder.op(node, "output", lambda x: x)]
+        logits = builder.op(node, "output", lambda x: x)
+        logits.shape = shape_of(node.args[0])
+        return [logits]
     if node.meta["holds"] == "host":
         return [builder.op(node, "host")]
     if all(n.meta["holds"] == "host" for n in sources(node)):
