@@ -18,6 +18,7 @@ from utils.hawq.schemes import choose_scheme
 from utils.integer_graph.serialize import save
 from utils.run_log import log
 from utils.run_state import GRAPH
+from utils.train_flags import FLOAT
 
 
 def read_original(content: Any, path: Path | None) -> HawqFile | None:
@@ -28,8 +29,11 @@ def read_original(content: Any, path: Path | None) -> HawqFile | None:
 
 
 def evaluates_original(args: argparse.Namespace, original: HawqFile) -> bool:
-    """Whether ``-e`` is about the original's own integers; without ``--resume-quantize`` its float weights count."""
-    return args.evaluate and (args.resume_quantize or original.integers)
+    """Whether ``-e`` is about the original's own integers; without ``--resume-quantize`` its float weights count.
+
+    ``--summary`` evaluates nothing.
+    """
+    return args.evaluate and not args.summary and (args.resume_quantize or original.integers)
 
 
 def evaluate_original(args: argparse.Namespace, original: HawqFile, command: str, device: torch.device) -> None:
@@ -37,6 +41,7 @@ def evaluate_original(args: argparse.Namespace, original: HawqFile, command: str
 
     args: parsed.  Raises UserError where file, architecture and scheme do not fit together.
     """
+    _refuse_float_scheme(args, original)
     info = float_network(original, args.arch, args.num_classes)
     preprocess = info.preprocess.override(
         mean=args.mean, std=args.std, resize=args.resize, input_size=args.input_size, rotate180=args.rotate180 or None
@@ -82,12 +87,21 @@ def _start(args: argparse.Namespace, original: HawqFile) -> None:
     args.arch, args.num_classes = info.name, info.num_classes
     taken = "its float weights are taken"
     if args.resume_quantize:
+        _refuse_float_scheme(args, original)
         args.quant_scheme = choose_scheme(original, info.name, float_layers(info), args.quant_scheme)
         args.start_epoch = original.epoch if args.start_epoch is None else args.start_epoch
         taken = f"its float weights, scheme {args.quant_scheme} and epoch {original.epoch} are taken"
     elif args.evaluate:
         taken += " (--resume-quantize would evaluate its own integers)"
     log.info("%s is a checkpoint of the original HAWQ: %s, ranges are calibrated anew", original.path, taken)
+
+
+def _refuse_float_scheme(args: argparse.Namespace, original: HawqFile) -> None:
+    if args.quant_scheme == FLOAT:
+        raise UserError(
+            f"--quant-scheme float has no bit widths, {original.path} is quantized; leave it out, or leave out "
+            "--resume-quantize to take the float weights of a checkpoint"
+        )
 
 
 def _is_float_checkpoint(content: Any) -> bool:

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.flag_kinds import percentile
 from utils.graph_evaluation import SUFFIX
 from utils.hawq.arithmetic import Options
 from utils.hawq.files import read_hawq
 from utils.hawq.graph import integer_graph
 from utils.integer_graph.serialize import save
-from utils.train_flags import percentile
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,9 +101,9 @@ class FromFloats:
 
     def _options(self, name: str, shape: tuple[int, ...]) -> Options:
         """What holds for one layer: a recorded scale shows whether it is one per channel."""
-        options = (
-            self.options if len(shape) == 4 else replace(self.options, weight_percentile=0.0)
-        )  # not of QuantLinear
+        options = self.options
+        if len(shape) == 2:  # QuantLinear ignores the percentile
+            options = replace(options, weight_percentile=0.0)
         recorded = self.entries.weight_scale(name, shape[0])
         if recorded is None or not recorded.any() or shape[0] == 1:
             return options
@@ -147,9 +147,8 @@ class FromIntegers:
             )
         if scale.min() <= 0:
             raise self.entries.error(f"the weight scales of {name} reach {scale.min()}, expected positive numbers")
-        bias_key = f"{name}.{BIASES}"
-        has_bias = eps is not None or bias_key in self.entries.file.tensors
-        bias = self.entries.integers(bias_key, outputs) if has_bias else np.zeros(outputs, np.float32)
+        has_bias = eps is not None or len(shape) == 2  # MobileNetV2's classifier, a convolution, has none
+        bias = self.entries.integers(f"{name}.{BIASES}", outputs) if has_bias else np.zeros(outputs, np.float32)
         return LayerIntegers(weight, np.broadcast_to(scale, outputs).copy(), bias)
 
     def activation(self, name: str, bits: int) -> np.float32:

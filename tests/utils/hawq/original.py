@@ -270,9 +270,9 @@ def random_network(arch: str, bits: Bits, *, classes: int = 10) -> Original:
     unit: Any = module.features.stage2.unit1
     block = unit.conv1 if arch == "mobilenetv2_w1" else unit.body.conv1
     with torch.no_grad():
-        block.conv.weight[0], block.bn.bias[0] = 0, 1.0
-        block.conv.weight[1], block.bn.bias[1] = 0, -1.0
+        block.conv.weight[0], block.bn.bias[0] = 0, 10.0
+        block.conv.weight[1], block.bn.bias[1] = 0, -10.0
         block.bn.weight[2], block.bn.weight[3], block.bn.running_var[4] = -0.7, 0, 0
-        block.conv.weight[5] *= 1e-9
-        block.bn.bias[5] = 1.0
+        block.conv.weight[5] *= 5e-8
+        block.bn.bias[5] = 10.0
     return Original(arch, module, bits)

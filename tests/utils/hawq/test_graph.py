@@ -38,8 +38,8 @@ def converted(content: Mapping[str, Any], **options: Any) -> Converted:
 
 
 def images(count: int = 2) -> Tensor:
-    """A third beyond the ranges, so that clamps and sums beyond 16 bits occur."""
-    return 1.3 * torch.randn(count, 3, SIZE, SIZE)
+    """Twice the ranges, so that clamps and sums beyond 16 bits occur."""
+    return 2 * torch.randn(count, 3, SIZE, SIZE)
 
 
 def check(graph: Graph, original: Original, x: Tensor, *, interpreted: bool = True) -> None:
@@ -257,6 +257,16 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
         lambda s: s[f"{FIRST}.convbn_scaling_factor"].neg_(),
         r"the weight scales of stage1\.unit1\.quant_convbn1 reach -.*, expected positive numbers",
     ),
+    "no bias of a convolution": (
+        True,
+        lambda s: s.pop(f"{FIRST}.bias_integer"),
+        r"stage1\.unit1\.quant_convbn1\.bias_integer \[64\] is missing",
+    ),
+    "no bias of the classifier": (
+        True,
+        lambda s: s.pop("quant_output.bias_integer"),
+        r"quant_output\.bias_integer \[10\] is missing; it fits uniform4",
+    ),
     "scales of another layer": (
         True,
         lambda s: s.update({f"{FIRST}.convbn_scaling_factor": torch.ones(3)}),
@@ -293,7 +303,7 @@ def with_ranges(factor: Mapping[str, float]) -> Original:
 
 def test_a_mean_of_very_large_sums() -> None:
     """The pixels of the last pool may add up beyond 2^30: they are clipped where the quantizer behind clamps anyway."""
-    original, x = with_ranges({"stage4.unit2.quant_act_int32": 1 / 200}), images(1)
+    original, x = with_ranges({"stage4.unit2.quant_act_int32": 1 / 200, "quant_act_output": 1 / 4}), images(1)
     graph = converted(original.checkpoint()).graph
     assert graph.node("stage4.unit2.quant_act_int32.relu.enough").op == "clip"
     check(graph, original, x)
@@ -304,11 +314,21 @@ def test_a_mean_of_very_large_sums() -> None:
 
 def test_ranges_of_nothing() -> None:
     """An activation that was 0 in training: every other integer is clamped, whatever the ratio."""
-    zero = {"stage2.unit2.quant_act1": 0.0, "stage3.unit1.quant_act": 0.0, "quant_act_output": 0.0}
-    original, x = with_ranges(zero), images(1)
+    original, x = with_ranges({"stage2.unit2.quant_act1": 0.0, "stage3.unit1.quant_act": 0.0}), images(1)
     check(converted(original.checkpoint()).graph, original, x)
     assert set(original.acts["stage2.unit2.quant_act1"].unique().tolist()) == {0, 15}
+
+
+def test_the_classifier_reads_nothing() -> None:
+    """Then its biases saturate too, and are reduced by what the weights may add, which is said; all else is exact."""
+    original, x = with_ranges({"quant_act_output": 0.0}), images(1)
+    result = converted(original.checkpoint())
+    assert result.saturated["output"] == 10
+    logits, values = original.forward(x), TorchEngine(result.graph).run(x)
+    for name, expected in original.acts.items():
+        np.testing.assert_array_equal(values[name].numpy(), expected.reshape(values[name].shape).numpy(), name)
     assert set(original.acts["quant_act_output"].unique().tolist()) == {0, 127}
+    np.testing.assert_allclose(values["logits"].numpy(), logits.numpy(), rtol=0.01)
 
 
 def test_other_widths(tmp_path: Path) -> None:
@@ -317,9 +337,8 @@ def test_other_widths(tmp_path: Path) -> None:
     bits |= {name: 2 for name in bits if "stage3" in name}
     bits |= {"quant_output": 4}
     original = random_network("resnet18", bits)
-    original.forward(images(2), calibrate=True)
-    x = images(1)
-    original.forward(x)
+    x = images(2)
+    original.forward(x, calibrate=True)
     path = tmp_path / "mine.yaml"
     path.write_text("rules: [['stage2', 3], ['stage3', 2], ['^output', 4], ['.*', 8]]\nends: free\n")
     assert float(original.acts["stage3.unit2.quant_act1"].max()) == 1

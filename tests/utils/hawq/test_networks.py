@@ -16,6 +16,8 @@ from utils.hawq.networks import FAMILIES, Network
 from utils.hawq.schemes import bits_of
 from utils.models import create_model
 
+# Published schemes of MobileNetV2 name these inner modules too, without effect.
+WITHOUT_EFFECT = {f"features.stage4.unit5.conv1.{part}" for part in ("conv", "bn")}
 CASES = [(arch, name) for arch, schemes in bit_config.PUBLISHED.items() for name in schemes]
 
 
@@ -39,7 +41,8 @@ class Asked:
 @pytest.mark.data
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_every_module_has_its_published_bits(shared: Path, arch: str, name: str) -> None:
-    expected = expand(scheme_tables(shared)["resnet50" if arch == "resnet50b" else arch], name)
+    table = expand(scheme_tables(shared)["resnet50" if arch == "resnet50b" else arch], name)
+    expected = {module: bits for module, bits in table.items() if module not in WITHOUT_EFFECT}
     with torch.device("meta"):
         info = create_model(arch)
         bits = bits_of(name, arch, float_layers(info))
