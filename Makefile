@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# Those that need images and weights (accuracy, ptq) have no main and are not meant here.  families and the three about compiled networks take long (and
+# Those that need images and weights (accuracy, ptq) have no main and are not meant here.  bit_width_search needs the
+# tables of the original; families and the three about compiled networks take long (and
 # the latter TVM and the other runtimes): run them one by one.  readme_tables measures nothing.
-APART := families tvm_equality tvm_latency tvm_memory readme_tables
+APART := bit_width_search families tvm_equality tvm_latency tvm_memory readme_tables
 BENCHMARKS := $(filter-out $(APART:%=benchmarks.%), \
     $(patsubst benchmarks/%.py,benchmarks.%,$(shell grep -l '^def main' benchmarks/*.py)))
 

@@ -194,7 +194,7 @@ def resolve(scheme: Scheme, layers: Sequence[Layer]) -> dict[str, LayerBits]:
     names = [layer.name for layer in layers]
     if len(set(names)) != len(names):
         raise ValueError(f"layer names must be unique, got {sorted({n for n in names if names.count(n) > 1})}")
-    implicit = {layer.name: reason for layer in layers if (reason := _implicit_reason(scheme, layer))}
+    implicit = {layer.name: reason for layer in layers if (reason := implicit_reason(scheme, layer))}
     for rule in scheme.rules:
         _check_rule(scheme, rule, names, implicit)
     own = {name: _own_bits(scheme, name, implicit) for name in names}
@@ -256,12 +256,16 @@ def read_scheme(path: Path) -> Scheme:
         raise UserError(f"scheme file {path}: {error}") from error
 
 
-def save_scheme(path: Path, bits: Mapping[str, LayerBits], *, name: str, residual_bits: int = 16) -> None:
+def save_scheme(
+    path: Path, bits: Mapping[str, LayerBits], *, name: str, residual_bits: int = 16, comments: Sequence[str] = ()
+) -> None:
     """Write resolved bits, layer by layer, as a file that :func:`load_scheme` reads back to the same bits.
 
-    The file is replaced atomically.  Raises UserError where it cannot be written.
+    comments: lines for the top of the file.  The file is replaced atomically.  Raises UserError where it cannot be
+    written.
     """
     lines = [
+        *(f"# {line}" for comment in comments for line in comment.splitlines()),
         f"name: {json.dumps(name, ensure_ascii=False)}",
         f"residual_bits: {residual_bits}",
         "ends: free",
@@ -341,7 +345,8 @@ def _describe(rule: Rule) -> str:
     return f"layer {name!r}" if rule.pattern == _exactly(name) else f"rule '{rule.pattern}'"
 
 
-def _implicit_reason(scheme: Scheme, layer: Layer) -> str | None:
+def implicit_reason(scheme: Scheme, layer: Layer) -> str | None:
+    """Why a layer has 8 bits whatever the rules of a scheme say; None where they decide."""
     if layer.kind == "affine":
         return "standalone BN"
     if scheme.ends == "8" and (layer.first or layer.last):

@@ -217,6 +217,69 @@ def plot_sqnr(path: Path, values: Mapping[str, float], worst: int = 10, title: s
     save_png(figure, path)
 
 
+@dataclass(frozen=True)
+class Front:
+    """Damage against one cost: the best choices (cost, damage) ascending in cost, and the one that was taken."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    chosen: tuple[float, float]
+
+
+def plot_fronts(path: Path, fronts: Sequence[Front], title: str) -> None:
+    """Write one PNG with a panel for each front (at least one), each with at least one point.
+
+    The damage is drawn on a logarithmic axis where it is positive everywhere.  The file is replaced atomically.
+    Raises UserError where it cannot be written.
+    """
+    figure = Figure(figsize=(4.5 * len(fronts) + 0.5, 4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, front in enumerate(fronts):
+        draw_front(figure.add_subplot(1, len(fronts), column + 1), front)
+    figure.axes[0].set_ylabel("damage, sum over layers")
+    figure.axes[0].legend(loc="upper right", frameon=False)
+    figure.suptitle(title, fontsize=11)
+    save_png(figure, path)
+
+
+def draw_front(axes: Axes, front: Front) -> None:
+    """A line through the best choices; lower and further left is better."""
+    costs, damages = zip(*front.points, strict=True)
+    axes.plot(costs, damages, "o-", color=AFTER, markersize=4, linewidth=1.2, label="best choices")
+    axes.plot(*front.chosen, "D", color=BEFORE, markersize=9, markerfacecolor="none", markeredgewidth=2, label="taken")
+    if min(*damages, front.chosen[1]) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel(front.label)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_runs(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], label: str) -> None:
+    """Write one PNG with a panel for each budget; every run is a point, the runs of one scheme stand in one column.
+
+    panels: title -> kind of scheme (at most four) -> values of each of its schemes.  The file is replaced atomically.
+    Raises UserError where it cannot be written.
+    """
+    figure = Figure(figsize=(3 * len(panels), 3.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, (title, kinds) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), column + 1)
+        for x, (schemes, colour, marker) in enumerate(
+            zip(kinds.values(), (AFTER, BEFORE, GREY, GREY), "oDx+", strict=False)
+        ):
+            for i, values in enumerate(schemes):
+                place = x + 0.1 * (i - (len(schemes) - 1) / 2)
+                axes.plot([place] * len(values), values, marker, color=colour)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_xlim(-0.5, len(kinds) - 0.5)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(label)
+    save_png(figure, path)
+
+
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG without time stamp, atomically.  Raises UserError where the file cannot be written."""
     buffer = io.BytesIO()

@@ -8,11 +8,15 @@ from PIL import Image
 
 from utils.plots import (
     AFTER,
+    BEFORE,
+    Front,
     LatencyBar,
     SchemePoint,
     draw_accuracy,
     draw_bits,
+    draw_front,
     draw_latency,
+    plot_fronts,
     plot_latency,
     plot_schemes,
 )
@@ -69,3 +73,19 @@ def test_latency_bars_reach_the_minimum_from_the_top_down(tmp_path: Path) -> Non
     plot_latency(tmp_path / "p.png", {"one image": bars, "eight images": bars[:1]})
     with Image.open(tmp_path / "p.png") as image:
         image.verify()
+
+
+def test_fronts_have_a_panel_each_and_the_choice_marked(tmp_path: Path) -> None:
+    front = Front("size, MiB", [(1.0, 9.0), (2.0, 0.5)], (1.5, 4.0))
+    axes = Figure().add_subplot()
+    draw_front(axes, front)
+    line, mark = axes.lines
+    assert (list(line.get_xdata()), list(line.get_ydata()), line.get_color()) == ([1.0, 2.0], [9.0, 0.5], AFTER)
+    assert (list(mark.get_xdata()), list(mark.get_ydata()), mark.get_color()) == ([1.5], [4.0], BEFORE)
+    assert (axes.get_yscale(), axes.get_xlabel()) == ("log", "size, MiB")
+    axes = Figure().add_subplot()
+    draw_front(axes, Front("size, MiB", [(1.0, 9.0), (2.0, -0.5)], (1.5, 4.0)))
+    assert axes.get_yscale() == "linear"
+    plot_fronts(tmp_path / "p.png", [front, front], "title")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (950, 400)
