@@ -19,6 +19,7 @@ from torch import nn
 import bit_config
 from utils.calibration_run import calibrate_run, unseen_accuracy
 from utils.checkpoint import checked_checkpoint
+from utils.doctor.command import explain
 from utils.errors import UserError
 from utils.evaluation import agreement
 from utils.experiment import Experiment, scheme_of
@@ -29,17 +30,20 @@ from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import ModelInfo, create_model
 from utils.preprocess import Preprocess
 from utils.provenance import commit
+from utils.quantization_utils.backends import BACKENDS
 from utils.quantization_utils.training import configure, reestimate_bn
 from utils.run_data import Data, DataFlags, inputs, load_data
 from utils.run_log import log, log_to, logging_to_console
-from utils.run_report import format_report, write_json
+from utils.run_report import TOP1_SIMULATION, format_report, write_json
 from utils.run_state import GRAPH, FloatPhase, Run
+from utils.search_run import search
 from utils.torch_file import read_torch_file
-from utils.train_flags import TORCH, build_parser, check, check_outputs, fill_in
+from utils.train_flags import FLOAT, TORCH, build_parser, check, check_outputs, fill_in
 from utils.trainer import Interrupted, Recipe, Trainer
 from zoo.flag import zoo_entry
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+SIMULATION = "simulation"
 SCHEME, ARGUMENTS, LOG = "scheme.yaml", "arguments.json", "log.log"
 CHECKPOINT_KEYS = {"arch", "scheme", "bits", "residual_bits", "num_classes", "preprocess", "state_dict", "quantizers"}
 CHECKPOINT_KEYS |= {"trainer", "best_top1", "top1_float", "arguments", "threads"}
@@ -52,6 +56,9 @@ RESUMED_FLAGS = (  # change what a resumed run computes
 def run(args: argparse.Namespace, command: str) -> None:
     """The whole job, in order: model, data, quantization, training, integers, report."""
     started = time.perf_counter()
+    if args.explain is not None:
+        explain(args, _machine(args, None))
+        return
     if is_graph_file(args.resume):
         evaluate_graph_file(args, command, _machine(args, None))
         return
@@ -68,9 +75,12 @@ def run(args: argparse.Namespace, command: str) -> None:
     if not args.summary:
         check_outputs(args)
     info, preprocess = _model(args, resumed)
-    experiment = Experiment(info, preprocess, scheme or args.quant_scheme, device)
+    experiment = Experiment(info, preprocess, scheme or args.quant_scheme, device, BACKENDS[args.ptq_backend])
     if args.summary:
         print(experiment.table())
+        return
+    if args.search is not None:
+        search(args, experiment)
         return
     if resumed:
         experiment.load_state(resumed, str(args.resume))
@@ -279,7 +289,7 @@ def _train(job: Run, resumed: dict[str, Any] | None, teacher: nn.Module | None) 
     if args.start_epoch is not None:
         trainer.epoch, trainer.batch = args.start_epoch, 0
     if trainer.epoch >= args.epochs:
-        log.info("all %d epochs are done; --epochs %d would go on", args.epochs, args.epochs + 1)
+        log.info("all %d epochs are done; --epochs %d would go on", args.epochs, trainer.epoch + 1)
     job.trainer = trainer
     if trainer.step == 0:
         job.validate(0)
@@ -299,7 +309,8 @@ def _finish(job: Run, started: float) -> None:
     """Evaluate the integers once more where training did not, save, print and report."""
     args, experiment = job.args, job.experiment
     if job.last is None:
-        job.last = job.evaluate_float("float") if experiment.is_float else job.evaluate_integer()
+        label = FLOAT if experiment.is_float else SIMULATION if experiment.simulates else None
+        job.last = job.evaluate_integer() if label is None else job.evaluate_float(label)
     if experiment.is_float:
         job.top1_float = job.last.top1
     if job.graph is not None:
@@ -311,7 +322,8 @@ def _finish(job: Run, started: float) -> None:
                 args.save_path / SCHEME, experiment.bits, name=name, residual_bits=experiment.residual_bits
             )
         write_json(args.save_path / ARGUMENTS, {"command": job.command, "commit": commit(), "flags": vars(args)})
-        job.save()
+        if not experiment.simulates:
+            job.save()
     report = _report(job, started)
     log.info(format_report(report, args.save_path))
     if args.report:
@@ -329,8 +341,10 @@ def _report(job: Run, started: float) -> dict[str, Any]:
     extra = {}
     if job.graph is not None and job.float_classes is not None:
         extra["same_class_as_float"] = 100 * float((job.last.predictions == job.float_classes).double().mean())
-    if job.graph is not None and args.fixed_point_quantization:
-        extra["top1_simulation"] = job.evaluate_float("simulation").top1
+    if experiment.simulates:
+        extra[TOP1_SIMULATION] = job.last.top1
+    elif job.graph is not None and args.fixed_point_quantization:
+        extra[TOP1_SIMULATION] = job.evaluate_float(SIMULATION).top1
     return {
         "arch": experiment.info.name,
         "scheme": experiment.scheme_name,
@@ -374,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except (Interrupted, KeyboardInterrupt) as error:
-            print(f"\n{error or 'stopped; nothing was saved'}", file=sys.stderr)
+            print(f"\n{str(error) or 'stopped; nothing was saved'}", file=sys.stderr)
             return EXIT_INTERRUPTED
     return 0
 

@@ -19,45 +19,54 @@ FOLDERS = ("utils", "benchmarks", "examples", "tvm_benchmark", "zoo")
 
 # Rank -> modules, ``/`` in front of those outside utils/.  A package itself (its empty __init__) has no rank.
 RANKS: tuple[str, ...] = (
-    """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors hawq.arithmetic hawq.names
-    integer_graph.ir metrics quantization_utils.cost_model quantization_utils.dyadic quantization_utils.fold_bn
-    quantization_utils.observers quantization_utils.quant_primitives quantization_utils.windows seeded tables
+    """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors flag_kinds hawq.arithmetic
+    hawq.names integer_graph.ir metrics quantization_utils.backends quantization_utils.cost_model
+    quantization_utils.dyadic quantization_utils.fold_bn quantization_utils.observers
+    quantization_utils.published_ptq quantization_utils.quant_primitives quantization_utils.windows seeded tables
     /zoo.transfer""",
     """/bit_config /tvm_benchmark.isa /tvm_benchmark.layout /tvm_benchmark.runtime atomic_file distillation
     image_sources integer_graph.reference integer_graph.torch_rescale integer_graph.type_rules preprocess
-    quantization_utils.capture quantization_utils.quant_modules quantization_utils.range_search
-    quantization_utils.scheme_report run_log torch_file /zoo.archive /zoo.drive /zoo.recipes""",
+    quantization_utils.bit_width_problem quantization_utils.capture quantization_utils.quant_modules
+    quantization_utils.range_search quantization_utils.scheme_report run_log torch_file /zoo.archive /zoo.drive
+    /zoo.recipes""",
     """/tvm_benchmark.artifact /tvm_benchmark.machine_peak /tvm_benchmark.plan /tvm_benchmark.source checkpoint
-    digits_net hawq.files integer_graph.converted integer_graph.exact_conv integer_graph.float_islands plots
-    provenance quantization_utils.adaround quantization_utils.calibrators quantization_utils.float_ops
-    quantization_utils.tensor_cache run_report transforms /zoo.manifest""",
+    digits_net doctor.document hawq.files integer_graph.converted integer_graph.exact_conv
+    integer_graph.float_islands plots provenance quantization_utils.adaround quantization_utils.bit_width_search
+    quantization_utils.calibrators quantization_utils.float_ops quantization_utils.tensor_cache run_report
+    search_flags transforms /zoo.manifest""",
     """/benchmarks.readme_tables /tvm_benchmark.halo /tvm_benchmark.loops /tvm_benchmark.report
     /tvm_benchmark.vectors data_utils float_weights hawq.parameters hawq.schemes integer_graph.ops
-    integer_graph.torch_steps layer_latency quantization_utils.blocks quantization_utils.float_joins
-    quantization_utils.ptq_recipe quantization_utils.rows /zoo.listing /zoo.store""",
+    integer_graph.torch_steps layer_latency quantization_utils.blocks quantization_utils.coded
+    quantization_utils.float_joins quantization_utils.ptq_recipe quantization_utils.rows search_report /zoo.listing
+    /zoo.store""",
     """/tvm_benchmark.inputs /tvm_benchmark.movement /tvm_benchmark.peers /tvm_benchmark.pointwise
     integer_graph.input_table integer_graph.interpreter integer_graph.movement integer_graph.serialize models
-    quantization_utils.float_pools /zoo.flag""",
-    """/tvm_benchmark.epilogue /tvm_benchmark.layers hawq.builder integer_graph.diff integer_graph.info
-    integer_graph.predict integer_graph.torch_engine quantization_utils.float_rows""",
+    quantization_utils.float_pools quantization_utils.ilp_tables /zoo.flag""",
+    """/benchmarks.bit_width_search /tvm_benchmark.epilogue /tvm_benchmark.layers hawq.builder integer_graph.diff
+    integer_graph.info integer_graph.predict integer_graph.torch_engine quantization_utils.float_rows
+    quantization_utils.layer_costs""",
     """/tvm_benchmark.depthwise_bytes /tvm_benchmark.elementwise /tvm_benchmark.equality /tvm_benchmark.pools
     /tvm_benchmark.walks hawq.networks integer_graph.__main__ quantization_utils.float_graph""",
     """/tvm_benchmark.dense /tvm_benchmark.depthwise hawq.fitting quantization_utils.prepare""",
-    """/tvm_benchmark.registers /tvm_benchmark.tiles evaluation hawq.graph integer_graph.from_torch
+    """/tvm_benchmark.registers /tvm_benchmark.tiles doctor.observe evaluation hawq.graph integer_graph.from_torch
     quantization_utils.calibrate quantization_utils.equalize quantization_utils.execution
-    quantization_utils.side_by_side quantization_utils.single_layer quantization_utils.state
-    quantization_utils.training
-    quantization_utils.weight_ranges /zoo.table""",
+    quantization_utils.side_by_side quantization_utils.simulate quantization_utils.single_layer
+    quantization_utils.state quantization_utils.training quantization_utils.weight_ranges /zoo.table""",
     """/benchmarks.qat_step /tvm_benchmark.convolution experiment quantization_utils.bias_correction
-    quantization_utils.reconstruction_fit quantization_utils.sqnr run_data train_flags trainer""",
-    """/tvm_benchmark.lowering api quantization_utils.ptq quantization_utils.reconstruction_state random_networks
-    run_state""",
-    """/benchmarks.engine_speed /benchmarks.equality /benchmarks.families /examples.own_model
-    /tvm_benchmark.subject /tvm_benchmark.tune quantization_utils.reconstruct /zoo.runs""",
-    """/tvm_benchmark.compile calibration_run""",
-    """/benchmarks.tvm_equality /benchmarks.tvm_memory /tvm_benchmark.layer_latency /tvm_benchmark.validate""",
-    """/tvm_benchmark.benchmark graph_evaluation""",
-    """/benchmarks.tvm_latency hawq.__main__ hawq_run /zoo.kinds""",
+    quantization_utils.quantization_errors quantization_utils.reconstruction_fit
+    quantization_utils.sensitivity_loss quantization_utils.sensitivity_state quantization_utils.sqnr run_data
+    train_flags trainer""",
+    """/tvm_benchmark.lowering api doctor.outcomes quantization_utils.hessian_trace quantization_utils.ptq
+    quantization_utils.reconstruction_state random_networks run_state""",
+    """/benchmarks.calibration_cost /benchmarks.engine_speed /benchmarks.equality /benchmarks.families
+    /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials quantization_utils.reconstruct
+    quantization_utils.sensitivity_images /zoo.runs""",
+    """/tvm_benchmark.compile calibration_run doctor.examine quantization_utils.sensitivity""",
+    """/benchmarks.search_effect /benchmarks.sensitivity_cost /benchmarks.tvm_equality /benchmarks.tvm_memory
+    /tvm_benchmark.layer_latency /tvm_benchmark.validate doctor.advice quantization_utils.board_network
+    search_run""",
+    """/tvm_benchmark.benchmark doctor.report graph_evaluation quantization_utils.ptq_board""",
+    """/benchmarks.tvm_latency doctor.command hawq.__main__ hawq_run /zoo.kinds""",
     """/quant_train""",
     """/benchmarks.accuracy /examples.demo /zoo.record /zoo.verify""",
     """/benchmarks.ptq /zoo.train""",

@@ -69,6 +69,9 @@ def calibrate_run(job: Run, configure: Callable[[], None]) -> None:
         configure()
         return
     log.info("post-training quantization %s on %s", args.ptq, order)
+    if experiment.simulates:
+        backend = experiment.backend
+        log.info("%s is simulated in float and has no integer graph: %s", backend.name, backend.why)
     images = CalibrationImages(loader, experiment.preprocess, experiment.device)
     reference = _quantize(job, images)
     configure()
@@ -76,7 +79,8 @@ def calibrate_run(job: Run, configure: Callable[[], None]) -> None:
     log.info(format_worst(values))
     title = f"{experiment.info.name}, {experiment.scheme_name}, {args.ptq}"
     plot_sqnr(args.save_path / SQNR_PLOT, values, title=title)
-    job.measured |= {"ptq": args.ptq, "sqnr_db": {name: round(db, 2) for name, db in values.items()}}
+    job.measured |= {"ptq": args.ptq, "ptq_backend": args.ptq_backend}
+    job.measured |= {"sqnr_db": {name: round(db, 2) for name, db in values.items()}}
 
 
 def _quantize(job: Run, images: CalibrationImages) -> dict[str, Tensor]:
@@ -113,7 +117,8 @@ def _round(job: Run, model: QuantizedModel, images: list[Tensor]) -> None:
 def unseen_accuracy(job: Run) -> dict[str, Any]:
     """Top-1 on the validation images that calibration did not use; empty where it used none or all of them."""
     unseen = job.data.unseen()
-    if unseen is None or job.last is None or job.graph is None:
+    simulates = job.experiment.simulates
+    if unseen is None or job.last is None or not (job.graph or simulates):
         return {}
     labels = torch.from_numpy(job.data.val.dataset.labels)
 
@@ -123,5 +128,5 @@ def unseen_accuracy(job: Run) -> dict[str, Any]:
     return {
         "images_unseen": int(unseen.sum()),
         "top1_float_unseen": top1(job.float_classes),
-        "top1_integer_unseen": top1(job.last.predictions),
+        "top1_simulation_unseen" if simulates else "top1_integer_unseen": top1(job.last.predictions),
     }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from utils.integer_graph.ir import Graph
 from utils.models import ModelInfo
 from utils.preprocess import Preprocess
 from utils.quantization_utils import cost_model
+from utils.quantization_utils.backends import BACKENDS, DEFAULT, Backend
 from utils.quantization_utils.capture import capture
 from utils.quantization_utils.cost_model import Layer, LayerBits
 from utils.quantization_utils.prepare import QuantizedModel, describe_layers, fold_network, prepare
 from utils.quantization_utils.scheme_report import format_table
+from utils.quantization_utils.simulate import simulate
 from utils.quantization_utils.state import load_quantizer_state, quantizer_state
 
 FLOAT = "float"
@@ -34,17 +36,22 @@ class Cost:
 
 
 def quantize_module(
-    module: nn.Module, example_input: Tensor, scheme: Scheme
+    module: nn.Module, example_input: Tensor, scheme: Scheme, backend: Backend = BACKENDS[DEFAULT]
 ) -> tuple[QuantizedModel, list[Layer], dict[str, LayerBits]]:
     """Capture a float model and build its quantized form around it; quantization is off until calibration.
 
-    example_input: float32 [N, C, H, W], of which only the shape matters.  Raises UserError for a model that cannot be
-    captured and a scheme that does not fit its layers.
+    example_input: float32 [N, C, H, W], of which only the shape matters.  backend: one that does not convert is
+    simulated, and says itself whether the ends have 8 bits, whatever the scheme says.  Raises UserError for a model
+    that cannot be captured and a scheme that does not fit its layers.
     """
     captured = capture(module, example_input)
     network = fold_network(captured)
     layers = describe_layers(network)
+    if backend.ends_8bit is not None:
+        scheme = replace(scheme, ends="8" if backend.ends_8bit else "free")
     bits = bit_config.resolve(scheme, layers)
+    if not backend.converts:
+        return simulate(captured, network, bits, backend), layers, bits
     return prepare(captured, network, bits, scheme.residual_bits), layers, bits
 
 
@@ -53,10 +60,18 @@ class Experiment:
 
     scheme: a name or YAML path, see :func:`bit_config.load_scheme`, or ``float`` for no quantization.  Raises
     UserError for networks that cannot be captured and schemes that do not fit.
+    backend: whose quantization; only what converts has an integer graph and checkpoints.
     """
 
-    def __init__(self, info: ModelInfo, preprocess: Preprocess, scheme: str | Scheme, device: torch.device) -> None:
-        self.info, self.preprocess, self.device = info, preprocess, device
+    def __init__(
+        self,
+        info: ModelInfo,
+        preprocess: Preprocess,
+        scheme: str | Scheme,
+        device: torch.device,
+        backend: Backend = BACKENDS[DEFAULT],
+    ) -> None:
+        self.info, self.preprocess, self.device, self.backend = info, preprocess, device, backend
         self.is_float = scheme == FLOAT
         if isinstance(scheme, str):
             scheme = bit_config.load_scheme("uniform8" if self.is_float else scheme, info.name)
@@ -65,8 +80,13 @@ class Experiment:
         self.scheme_name = FLOAT if self.is_float else scheme.name
         self.residual_bits = scheme.residual_bits
         example = torch.zeros(1, *preprocess.input_shape)
-        model, self.layers, self.bits = quantize_module(info.module.to(device), example, scheme)
+        model, self.layers, self.bits = quantize_module(info.module.to(device), example, scheme, backend)
         self.model: QuantizedModel = model.to(device)
+
+    @property
+    def simulates(self) -> bool:
+        """Whether the quantized network is another engine's, in float: nothing of it can be converted or resumed."""
+        return not (self.is_float or self.backend.converts)
 
     @property
     def parameters(self) -> int:
@@ -91,7 +111,12 @@ class Experiment:
         )
 
     def convert(self, classes: Sequence[str], strict_integer: bool = False) -> Graph:
-        """The integer graph as the model now stands; the model is left in eval mode."""
+        """The integer graph as the model now stands; the model is left in eval mode.
+
+        Raises UserError for a simulation.
+        """
+        if self.simulates:
+            raise UserError(f"the backend {self.backend.name} has no integer graph: {self.backend.why}")
         meta: dict[str, Any] = {
             "arch": self.info.name,
             "scheme": self.scheme_name,

@@ -26,7 +26,7 @@ REPORT_KEYS = (
 # Present where they were measured: top1_simulation only with --fixed-point-quantization, same_class_as_float (percent
 # of images to which the integer graph and the float network it came from give one class) where the run began with that.
 # images_per_second: of the last evaluation, with loading and comparing.
-SAME = "same_class_as_float"
+SAME, TOP1_SIMULATION = "same_class_as_float", "top1_simulation"
 EXTRA_KEYS: tuple[str, ...] = (
     "agreement_narrow",
     "agreement_images",
@@ -36,11 +36,12 @@ EXTRA_KEYS: tuple[str, ...] = (
     "epochs",
     "best_top1",
 )
-EXTRA_KEYS += (SAME, "top1_simulation", "engine", "images_per_second")
-# Only with --ptq: the recipe, the signal to quantization noise by layer, what adaround or block did to each part; only
-# where validation images calibrated: how many did not, and top-1 on those.
-PTQ_KEYS = ("ptq", "sqnr_db", "rounding", "rounding_seconds")
-UNSEEN_KEYS = ("images_unseen", "top1_float_unseen", "top1_integer_unseen")
+EXTRA_KEYS += (SAME, TOP1_SIMULATION, "engine", "images_per_second")
+# Only with --ptq: the recipe, whose quantization, the signal to quantization noise by layer, what adaround or block
+# did to each part; only where validation images calibrated: how many did not, and top-1 on those (of integers or of a
+# simulation).
+PTQ_KEYS = ("ptq", "ptq_backend", "sqnr_db", "rounding", "rounding_seconds")
+UNSEEN_KEYS = ("images_unseen", "top1_float_unseen", "top1_integer_unseen", "top1_simulation_unseen")
 
 
 def format_report(report: Mapping[str, Any], folder: Path) -> str:
@@ -59,12 +60,13 @@ def format_report(report: Mapping[str, Any], folder: Path) -> str:
             *same,
             f"  float islands      {', '.join(report['float_islands']) or 'none'}",
         ]
-    if "top1_simulation" in report:
-        lines.append(f"  top-1 simulation   {_percent(report['top1_simulation'])}")
+    if TOP1_SIMULATION in report:
+        lines.append(f"  top-1 simulation   {_percent(report[TOP1_SIMULATION])}")
     if "images_unseen" in report:
+        kind = "integer" if "top1_integer_unseen" in report else "simulation"
         lines.append(
             f"  without those calibrated on: float {_percent(report['top1_float_unseen'])}, "
-            f"integer {_percent(report['top1_integer_unseen'])} of {report['images_unseen']} images"
+            f"{kind} {_percent(report[f'top1_{kind}_unseen'])} of {report['images_unseen']} images"
         )
     if "engine" in report:
         lines.append(f"  engine             {report['engine']}, {report['images_per_second']:.0f} images/s in all")

@@ -1,11 +1,9 @@
 """Command line of ``quant_train.py`` as a table: the original's flags under their names, and ours."""
 
 import argparse
-import math
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +12,31 @@ import torch
 from utils.data_utils import DIGITS
 from utils.distillation import check_distillation
 from utils.errors import UserError
+from utils.flag_kinds import (
+    ANY,
+    COUNT,
+    COUNT0,
+    FILE,
+    FOLDER,
+    NAME,
+    PERCENTILE,
+    REAL,
+    REAL0,
+    REALS,
+    SIGNED,
+    SWITCH,
+    YES_NO,
+    Kind,
+    Row,
+    number,
+    one_of,
+)
+from utils.quantization_utils.backends import BACKENDS, DEFAULT, why_not
 from utils.quantization_utils.calibrators import METHODS
 from utils.quantization_utils.ptq_recipe import parse_recipe
 from utils.quantization_utils.quant_modules import RUNNING_MIN_MAX
 from utils.quantization_utils.training import ACT_RANGES
+from utils.search_flags import SEARCH_FLAGS, check_search
 
 EXAMPLES = """examples:
   python quant_train.py
@@ -33,66 +52,26 @@ EXAMPLES = """examples:
   python quant_train.py --data IMAGENET --resume RUN/checkpoint.pth.tar -e
       evaluate the integer network of a checkpoint; without -e: continue its training; with --engine tvm: evaluate it
       compiled for this CPU
+  python quant_train.py -a resnet20_cifar10 --weights w.pth --data CIFAR --search bops=0.5,size=0.6 --save-scheme s.yaml
+      choose every layer's bits under both budgets; s.yaml then goes into --quant-scheme
+  python quant_train.py --explain RUN
+      which layers do the damage, what is sick, what would help
 
 files of a run in --save-path:
   checkpoint.pth.tar  all that --resume needs          model_best.pth.tar  the same at the best validation
   model.safetensors   integer graph of the last state  scheme.yaml         bits of every layer, for --quant-scheme
   arguments.json      flags, command, commit           log.log             what was printed, of all runs there
   sqnr.png            noise of every layer, with --ptq
+  explain.txt, .html  what --explain found
+  sensitivity.json, search.csv, pareto.csv, pareto.png  what --search found
 """
 
-
-@dataclass(frozen=True)
-class Kind:
-    """How the value of a flag is read. choices: the only values; options: further arguments of ``add_argument``."""
-
-    parse: Callable[[str], Any] = str
-    metavar: str | None = None
-    choices: tuple[Any, ...] | None = None
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-def number(kind: Callable[[str], float], zero: bool = False) -> Callable[[str], float]:
-    """Parser of a positive (or with ``zero``, non-negative) finite number."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"{text} is not a {'non-negative' if zero else 'positive'} number")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse quotes it
-    return parse
-
-
-def percentile(text: str) -> float:
-    """Parser of a percentile: 0 (off), or in (50, 100]."""
-    value = float(text)
-    if value != 0 and not 50 < value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a percentile; give 0 (off) or more than 50 and at most 100")
-    return value
-
-
-def one_of(*choices: Any) -> Kind:
-    """A flag with few values."""
-    return Kind(type(choices[0]), None, choices)
-
-
-NAME, FILE, FOLDER, ANY = Kind(str, "NAME"), Kind(Path, "FILE"), Kind(Path, "DIR"), Kind(int, "N")
-COUNT, COUNT0 = Kind(number(int), "N"), Kind(number(int, zero=True), "N")
-REAL, REAL0, SIGNED = Kind(number(float), "X"), Kind(number(float, zero=True), "X"), Kind(float, "X")
-REALS = Kind(float, "X", options=(("nargs", "+"),))
-PERCENTILE = Kind(percentile, "P")
-SWITCH = Kind(options=(("action", "store_true"),))
-YES_NO = Kind(options=(("action", argparse.BooleanOptionalAction),))
 
 TORCH, TVM = "torch", "tvm"
 MSE, FLOAT = "mse", "float"
 QUICK, PUBLISHED = "quick", "published"
 
 # fmt: off
-# Names (the attribute is the first long one in lower case), kind, default, help.
-Row = tuple[str, Kind, Any, str]
 FLAGS: dict[str, tuple[Row, ...]] = {
     "network": (
         ("-a --arch", NAME, None,
@@ -133,6 +112,9 @@ FLAGS: dict[str, tuple[Row, ...]] = {
          "post-training quantization, parts joined by +: a calibrator of --calibration (mse and ema_mse are for "
          "weights too; W/A names both, such as mse/ema_quantile), and any of equalize, bias, and adaround or block; "
          "implies --epochs 0"),
+        ("--ptq-backend", one_of(*BACKENDS), DEFAULT,
+         "whose quantization --ptq does: hawq is the integer graph, the others are simulated in float and evaluated, "
+         "without integer graph and checkpoint"),
         ("--ptq-setting", one_of(QUICK, PUBLISHED), QUICK,
          "how long adaround and block learn: quick suits a CPU, published takes 10,000 steps a layer or 20,000 a "
          "block"),
@@ -153,6 +135,7 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--strict-integer", SWITCH, False, "refuse networks in which an operator stays in float"),
         ("--agreement-images", COUNT, 256, "images on which simulation and integer graph are compared"),
     ),
+    "search of bit widths": SEARCH_FLAGS,
     "training": (
         ("--epochs", COUNT0, None,
          "epochs of quantization-aware training in all; 0 calibrates, converts, evaluates and saves (default: 90; 5 "
@@ -190,13 +173,20 @@ FLAGS: dict[str, tuple[Row, ...]] = {
     "running": (
         ("-e --evaluate", SWITCH, False,
          "evaluate the integer graph only: the checkpoint of --resume, or a fresh calibration"),
+        ("--explain", Kind(Path, "RUN"), None,
+         "examine a finished run (folder or checkpoint) on --calib-images validation images: damage, cost and time of "
+         "every layer, what is sick and what would help; writes explain.txt and explain.html into its folder"),
+        ("--layer-latency", FILE, None,
+         "measured layer latencies (python -m tvm_benchmark.layer_latency), for --explain and a latency budget of "
+         "--search (also the original's tables as JSON; default: the file of this machine)"),
         ("--engine", one_of(TORCH, TVM), TORCH,
          "what runs the integer graph with -e: tvm compiles it for this CPU (kept in the save folder, see docs/tvm.md) "
          "and demands the logits of torch on --agreement-images images"),
         ("--resume", FILE, None,
          "checkpoint to continue bit for bit, or to start training from (after --epochs 0); brings its architecture, "
          "scheme, weights and quantizers; a missing file is an error (the original went on with random weights); with "
-         "-e also an integer graph (model.safetensors)"),
+         "-e also an integer graph (model.safetensors); of a file of the original, training starts from its float "
+         "weights, with ranges calibrated anew"),
         ("--save-path", FOLDER, None,
          "folder of the run's files (default: that of --resume, else runs/ARCH_SCHEME; the original put it in front of "
          "the file names)"),
@@ -215,7 +205,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--fixed-point-quantization", SWITCH, False,
          "also evaluate the float simulation of quantization; the integer graph is evaluated in any case"),
         ("--resume-quantize", SWITCH, False,
-         "accepted with --resume: checkpoints made here always restore their quantizers"),
+         "with --resume of a file of the original: -e evaluates its own integers with its arithmetic, training takes "
+         "its scheme and epoch too; checkpoints made here always restore their quantizers"),
         ("--world-size", ANY, 1, "training runs in one process; more are refused"),
         ("--rank", ANY, 0, "accepted as 0"),
         ("--dist-url", Kind(str, "URL"), None, "accepted, has no effect"),
@@ -233,7 +224,7 @@ NOT_RESUMED = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers mistakes with one sentence, not with the list of all flags."""
 
     def error(self, message: str) -> NoReturn:
@@ -242,7 +233,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; see ``--help``. Its ``parse_args`` raises UserError."""
-    parser = _Parser(
+    parser = Parser(
         prog="quant_train.py",
         description="Quantize a float CNN to mixed precision, train it quantization-aware, convert it to one integer "
         "graph and evaluate that.",
@@ -288,8 +279,13 @@ def check(args: argparse.Namespace) -> None:
             f"--world-size, --rank and --multiprocessing-distributed ask for {asked} training processes here; training "
             "runs in one process on one device, leave them out"
         )
+    if args.explain is not None:
+        _check_explain(args)
+    check_search(args)
     if args.ptq is not None:
         _check_ptq(args)
+    if args.ptq_backend != DEFAULT:
+        _check_simulation(args)
     if args.resume_quantize and args.resume is None:
         raise UserError("--resume-quantize needs --resume FILE to say which checkpoint")
     if args.resume is not None and (args.weights is not None or args.pretrained):
@@ -307,6 +303,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--gpu {args.gpu} and --device {args.device} name two devices; give one of them")
 
 
+def _check_explain(args: argparse.Namespace) -> None:
+    others = ("resume", "weights", "pretrained", "zoo", "ptq", "evaluate", "summary", "quant_scheme", "report")
+    given = [name for name in others if vars(args)[name]]
+    if given:
+        raise UserError(f"--explain examines a run as it is; leave out --{given[0].replace('_', '-')}")
+
+
 def _check_ptq(args: argparse.Namespace) -> None:
     recipe = parse_recipe(args.ptq)
     if args.resume is not None:
@@ -317,6 +320,20 @@ def _check_ptq(args: argparse.Namespace) -> None:
         raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
 
 
+def _check_simulation(args: argparse.Namespace) -> None:
+    flag = f"--ptq-backend {args.ptq_backend}"
+    if args.ptq is None:
+        raise UserError(f"{flag} needs --ptq to say how, for example --ptq mse")
+    why = why_not(BACKENDS[args.ptq_backend], parse_recipe(args.ptq).rounding)
+    if why is not None:
+        raise UserError(f"{flag}: {why}")
+    if args.epochs:
+        raise UserError(f"{flag} is simulated and cannot be trained; leave out --epochs, or give {DEFAULT}")
+    if args.engine != TORCH or args.strict_integer:
+        asked = "--strict-integer" if args.engine == TORCH else f"--engine {args.engine}"
+        raise UserError(f"{flag} is simulated and has no integer graph; leave out {asked}, or give {DEFAULT}")
+
+
 def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_range: str | None = None) -> None:
     """Defaults that depend on other flags, and on the checkpoint to resume.  Raises UserError.
 
@@ -325,7 +342,8 @@ def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_
     args.arch = args.arch or arch
     if args.data is None and args.arch in (None, DIGITS):
         args.data = DIGITS
-    if args.data is None and not args.summary:
+    needs_images = not args.summary and (args.search is None or args.sensitivity is None)
+    if args.data is None and needs_images:
         raise UserError(
             f"--data is missing: give the folder with the images for {args.arch} (train/ and val/, or CIFAR's), or "
             "leave out -a for the embedded digits"
@@ -350,6 +368,8 @@ def fill_in(args: argparse.Namespace, arch: str | None, scheme: str | None, act_
 
 
 def _run_name(args: argparse.Namespace) -> str:
+    if args.search is not None:
+        return f"{args.arch}_search".replace("/", "_")
     scheme = Path(args.quant_scheme).stem if args.quant_scheme.endswith((".yaml", ".yml")) else args.quant_scheme
     return f"{args.arch}_{scheme}".replace("/", "_")
 
@@ -358,15 +378,20 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raise UserError now for a --save-path or --report that could not be written hours later; makes nothing."""
     ancestor = next(path for path in (args.save_path, *args.save_path.absolute().parents) if path.exists())
     _check_folder("--save-path", args.save_path, ancestor)
-    if args.report is None:
-        return
-    folder = args.report.absolute().parent
-    if args.report.is_dir():
-        raise UserError(f"--report {args.report} is a folder; give the name of a file in it")
+    for flag, path in (("--report", args.report), ("--save-scheme", args.save_scheme)):
+        if path is not None:
+            _check_file(flag, path, args.save_path)
+
+
+def _check_file(flag: str, path: Path, save_path: Path) -> None:
+    """A file to write, in a folder that exists or that the run makes."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file in it")
     if folder.exists():
-        _check_folder("--report", args.report, folder)
-    elif folder != args.save_path.absolute():
-        raise UserError(f"--report {args.report}: the folder {args.report.parent} does not exist; make it first")
+        _check_folder(flag, path, folder)
+    elif folder != save_path.absolute():
+        raise UserError(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
 
 
 def _check_folder(flag: str, path: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from utils.quantization_utils.fold_bn import affine_of, fold
 from utils.quantization_utils.quant_modules import QuantLayer
-from utils.quantization_utils.quant_primitives import int_range, per_channel, weight_scale
+from utils.quantization_utils.quant_primitives import per_channel, weight_scale
 
 STRETCH, SHIFT = 1.2, -0.1
 
@@ -28,7 +28,7 @@ class Grid:
     """The integers a layer's weights can take.
 
     ratio: folded weights in steps of their scale, float32 [O, ...].  scale: of the folded weights, float32 [O].
-    factor: BatchNorm's factor per channel [O], 1 without one.  limit: largest integer, the smallest is its negative.
+    factor: BatchNorm's factor per channel [O], 1 without one.  low, high: inclusive integers, numbers or [O, 1, ...].
     free: bool [O, ...], weights with a choice between two integers; channels that are zero have none.
     """
 
@@ -36,13 +36,14 @@ class Grid:
     ratio: Tensor
     scale: Tensor
     factor: Tensor
-    limit: int
+    low: Any
+    high: Any
     free: Tensor
 
     @property
     def nearest(self) -> Tensor:
         """The integers of ordinary rounding, float32 [O, ...]."""
-        return self.ratio.round().clamp_(-self.limit, self.limit)
+        return self.ratio.round().clamp_(self.low, self.high)
 
 
 @torch.no_grad()
@@ -59,11 +60,11 @@ def pin_grid(layer: QuantLayer) -> Grid:
     layer.learned = nn.Parameter(torch.where(usable, unfolded, fallback))
     scale = layer.integer_weights().scale
     ratio = fold(weight, None, layer.bn)[0] * per_channel(scale.reciprocal(), weight)
-    limit = int_range(layer.bits, True)[1]
+    low, high = layer.integer_range()
     alive = usable & (ratio.flatten(1).round().abs().amax(1) > 0)
     below = ratio.floor()
-    free = per_channel(alive, weight) & (below >= -limit) & (below < limit) & (below != ratio)
-    return Grid(layer, ratio, scale, factor, limit, free)
+    free = per_channel(alive, weight) & (below >= low) & (below < high) & (below != ratio)
+    return Grid(layer, ratio, scale, factor, low, high, free)
 
 
 @torch.no_grad()

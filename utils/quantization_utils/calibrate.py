@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.quantization_utils.calibrators import make_observer
+from utils.quantization_utils.coded import observer_for
 from utils.quantization_utils.observers import Range, is_finite
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer
@@ -31,7 +31,7 @@ def calibrate(
     model.enable(False)
     quantizers = model.activation_quantizers()
     for quantizer in quantizers.values():
-        quantizer.observer = make_observer(method, quantizer.bits, quantizer.signed, percentile, power)
+        quantizer.observer = observer_for(quantizer, method, percentile, power)
     images = 0
     try:
         for batch in batches:

@@ -122,7 +122,7 @@ def _macs(op: Op) -> int:
     return _weights(op) * positions
 
 
-class _Placement:
+class Placement:
     """Decides where quantizers go and how wide they are."""
 
     def __init__(self, network: Network, bits: Mapping[str, LayerBits], residual_bits: int) -> None:
@@ -206,7 +206,7 @@ class _Rewriter:
     """Emits the quantized operators in order; ``where`` maps float values to what now stands for them."""
 
     network: Network
-    place: _Placement
+    place: Placement
     out: list[Op]
     where: dict[str, str]
     narrow: dict[tuple[str, int], str]
@@ -391,7 +391,7 @@ def prepare(
     bits: per layer name, see :func:`describe_layers`.  residual_bits: 16 or 8.  Quantization is off until
     calibration or :meth:`QuantizedModel.enable`.
     """
-    rewriter = _Rewriter(network, _Placement(network, bits, residual_bits), [], {}, {}, {})
+    rewriter = _Rewriter(network, Placement(network, bits, residual_bits), [], {}, {}, {})
     for op in network.ops:
         rewriter.emit(op)
     return QuantizedModel(captured.model, rewriter.out, describe_layers(network), bits, captured.input_shape)

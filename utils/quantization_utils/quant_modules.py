@@ -9,6 +9,7 @@ statistics.  Evaluation and conversion always fold; training folds when ``frozen
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,8 @@ class QuantLayer(nn.Module):
     bits: 2..8.  ``frozen`` folds the BatchNorm with running statistics in training too.
     """
 
+    INTEGERS = torch.int8
+
     def __init__(self, module: nn.Conv2d | nn.Linear, bn: _BatchNorm | None, bits: int) -> None:
         super().__init__()
         self._references = (module, bn)  # a tuple: referred to, not registered
@@ -217,13 +220,16 @@ class QuantLayer(nn.Module):
             scale = torch.maximum(scale, bias.detach().abs() / (self._source[0].scale * BIAS_LIMIT))
         return scale.clamp_min(MIN_WEIGHT_SCALE)
 
-    def _integer_range(self) -> tuple[int, int]:
-        """Learned scales clip, and must clip alike on both sides to commute with a negative BatchNorm factor."""
+    def integer_range(self) -> tuple[Any, Any]:
+        """Inclusive integers of the weights.
+
+        Learned scales clip, and must clip alike on both sides to commute with a negative BatchNorm factor.
+        """
         lo, hi = int_range(self.bits, True)
         return (-hi, hi) if self.learned is not None else (lo, hi)
 
     def _fake(self, weight: Tensor, scale: Tensor) -> Tensor:
-        lo, hi = self._integer_range()
+        lo, hi = self.integer_range()
         if self.learned is not None and self.training:
             gradient_scale = 1 / math.sqrt(weight[0].numel() * hi)
             return FakeQuantizeLearned.apply(weight.contiguous(), scale, lo, hi, gradient_scale)
@@ -234,9 +240,9 @@ class QuantLayer(nn.Module):
         """Fold, scale and round: exactly the weights that evaluation's fake quantization uses."""
         weight, bias = fold(self.module.weight, self.module.bias, self.bn)
         scale = self._folded_scale(weight, bias)
-        integers = quantize(weight, per_channel(scale, weight), *self._integer_range())
+        integers = quantize(weight, per_channel(scale, weight), *self.integer_range())
         bias = torch.zeros_like(scale) if bias is None else bias
-        return IntegerWeights(integers.to(torch.int8), scale, bias)
+        return IntegerWeights(integers.to(self.INTEGERS), scale, bias)
 
 
 class QuantBatchNorm(nn.Module):

@@ -78,7 +78,8 @@ def _buffer(like: Tensor, slot: int = 0, dtype: torch.dtype = torch.float32) -> 
     key = (like.device, dtype, slot)
     memory = _BUFFERS.get(key)
     if memory is None or memory.numel() < like.numel():
-        memory = _BUFFERS[key] = torch.empty(max(PIECE, like.numel()), dtype=dtype, device=like.device)
+        with torch.inference_mode(False):  # what inference mode makes cannot be written to outside of it
+            memory = _BUFFERS[key] = torch.empty(max(PIECE, like.numel()), dtype=dtype, device=like.device)
     return memory[: like.numel()].view(like.shape)
 
 

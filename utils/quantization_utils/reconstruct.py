@@ -132,7 +132,7 @@ class _Job:
             with tqdm(desc=name, total=self.settings.steps, unit="step", leave=False, disable=None) as bar:
                 self._improve(trial, position, partial(_show, bar, trial))
         result = trial.result(time.perf_counter() - started)
-        integers = {name: values.to(torch.int8) for name, values in trial.kept.integers.items()}
+        integers = {name: values.to(torch.int16) for name, values in trial.kept.integers.items()}
         entry = {"integers": integers, "scales": trial.kept.scales, "result": asdict(result)}
         self.finished.keep(unit.name, entry)
         return result
@@ -142,7 +142,8 @@ class _Job:
         seed = int(random_integers(1 << 31, settings.seed, position)[0])
         (layer, grid), *others = trial.grids.items()
         single = not others and len(unit.layers) == 1 and has_rows(unit.layers[0]) and not settings.learns_scales
-        if single and settings.positions:
+        first = tuple(unit.layers[0].inputs) == unit.inputs  # a block may quantize its input before that
+        if single and first and settings.positions:
             source, target = (self.walk.quantized, unit.inputs[0]), (self.walk.floating, unit.target)
             rows = draw_rows(grid.layer.module, source, target, seed)
             integers, steps = fit_rows(unit, rows, grid, settings, report)

@@ -62,8 +62,10 @@ def bytes_per_value(quantizer: Quantizer | None) -> int:
     """Memory that the cache takes for one value behind a quantizer; None: any other value."""
     if quantizer is None:
         return 4
-    return 2 if quantizer.bits > 8 else 1
+    lo, hi = quantizer.bounds()
+    least, most = (-128, 127) if quantizer.signed else (0, 255)
+    return 1 if least <= lo and hi <= most else 2
 
 
-# Wider than 8 bits is always signed.
+# Wider than 8 bits, or with a zero point inside, is always signed.
 _TYPES = {(1, False): torch.uint8, (1, True): torch.int8, (2, True): torch.int16}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.quantization_utils.coded import CodedLayer, calibrate_codes
 from utils.quantization_utils.fold_bn import affine_of, fold
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer
@@ -26,6 +27,9 @@ def calibrate_weights(model: QuantizedModel, method: str = "mse", power: float =
     layers = [layer for layer in model.weight_layers().values() if isinstance(layer, QuantLayer)]
     for layer in tqdm(layers, desc=f"weight ranges ({method})", unit="layer", leave=False, disable=None):
         layer.per_channel = per_channel
+        if isinstance(layer, CodedLayer):
+            calibrate_codes(layer, method, power)
+            continue
         layer.learned = nn.Parameter(unfolded_scale(layer, folded_mse_scale(layer, power))) if method == "mse" else None
 
 

@@ -228,3 +228,8 @@ def test_in_place_modules_are_replayed_out_of_place():
     kept = x.clone()
     evaluate(translate(model), x)
     assert torch.equal(x, kept)
+
+
+def test_the_output_has_the_shape_of_the_logits():
+    ops = translate(nn.Sequential(nn.Flatten(), nn.Linear(144, 7)))
+    assert (ops[-1].kind, ops[-1].shape) == ("output", (7,))

@@ -120,3 +120,11 @@ def test_weights_pass_gradients_straight_through():
     grad = torch.randn(3, 4)
     result.backward(grad)
     assert torch.equal(weight.grad, grad)
+
+
+def test_evaluation_in_inference_mode_leaves_nothing_that_cannot_be_used_later(monkeypatch):
+    monkeypatch.setattr(q, "_BUFFERS", {})
+    with torch.inference_mode():
+        inside = q.FakeQuantize.apply(torch.full((3,), 0.26), torch.tensor(0.5), -8, 7, False)
+    outside = q.FakeQuantize.apply(torch.full((3,), 0.26), torch.tensor(0.5), -8, 7, False)
+    assert inside.tolist() == outside.tolist() == [0.5] * 3

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from utils.quantization_utils.coded import CodedQuantizer, make_code
 from utils.quantization_utils.quant_modules import Quantizer
-from utils.quantization_utils.tensor_cache import TensorCache
+from utils.quantization_utils.tensor_cache import TensorCache, bytes_per_value
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
@@ -45,3 +46,15 @@ def test_an_alias_lives_on_alone() -> None:
     assert torch.equal(cache.fetch("y", slice(0, 1)), torch.ones(1, 2))
     with pytest.raises(KeyError):
         cache.fetch("x", slice(0, 1))
+
+
+@pytest.mark.parametrize(("low", "bytes_each"), [(-3.0, 2), (0.0, 1)])
+def test_codes_with_a_zero_point_come_back_bit_for_bit(low: float, bytes_each: int) -> None:
+    x = torch.linspace(low, 2, 64).reshape(2, 32)
+    quantizer = CodedQuantizer(make_code(8, affine=True, narrow=False), 8, signed=low < 0).eval()
+    quantizer.set_range(x.min(), x.max())
+    quantizer.enabled = True
+    cache = TensorCache(2)
+    cache.put("x", slice(0, 2), quantizer(x), quantizer)
+    assert torch.equal(cache.fetch("x", slice(0, 2)), quantizer(x))
+    assert bytes_per_value(quantizer) == bytes_each
