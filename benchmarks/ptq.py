@@ -32,7 +32,7 @@ CASES: Cases = {
     for scheme, recipe in RECIPES
     for network, (data, flags) in NETWORKS.items()
 } | {
-    "MobileNetV2 w4a8 mse+adaround, published setting": (
+    "MobileNetV2 w4a8, published setting of mse+adaround": (
         "imagenet",
         f"{MOBILENET} --quant-scheme w4a8 --ptq mse+adaround --ptq-setting published --calib-images 256",
     )
