@@ -45,7 +45,12 @@ SEARCH_FLAGS: tuple[Row, ...] = (
         "layers that are not searched, may be repeated, the first that matches counts; first and last layer have 8 "
         "bits unless it says otherwise",
     ),
-    ("--sensitivity", FILE, None, "damage measured before (sensitivity.json), instead of measuring it"),
+    (
+        "--sensitivity",
+        FILE,
+        None,
+        "damage measured before (sensitivity.json), or the original's tables as JSON, instead of measuring it",
+    ),
     ("--pareto", COUNT, None, "also the fronts of damage against each budget, with N points, as table and picture"),
     ("--allow-useless-bits", SWITCH, False, "keep widths that are no cheaper than the next larger in any budget"),
     ("--save-scheme", FILE, None, "YAML file of the chosen bits, for --quant-scheme (default: in --save-path)"),

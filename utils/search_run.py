@@ -25,6 +25,7 @@ from utils.quantization_utils.bit_width_search import (
 )
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.cost_model import LayerBits
+from utils.quantization_utils.ilp_tables import damage_of_tables, is_tables
 from utils.quantization_utils.layer_costs import Damage, Latency, build_problem, fixed_layers, read_latency
 from utils.quantization_utils.sensitivity import METRICS, Sensitivities, Settings, measure
 from utils.run_data import DataFlags, inputs, load_data
@@ -84,10 +85,9 @@ def search(args: argparse.Namespace, experiment: Experiment) -> None:
     request = _Request(args, experiment)
     request.check()
     log_to(args.save_path / LOG)
-    measured = _sensitivities(args, experiment, request.widths)
-    problem = request.problem(measured.damage)
+    damage, damage_of = _damage(args, experiment, request.widths)
+    problem = request.problem(damage)
     solution = solve(problem)
-    damage_of = f"damage by {measured.metric} on {measured.images} images"
     found = Search(experiment.info.name, problem, solution, prices(problem), request.reasons, damage_of)
     log.info(format_search(found))
     write_csv(args.save_path / LAYERS, layer_table(found))
@@ -109,6 +109,16 @@ def _latency(args: argparse.Namespace, experiment: Experiment) -> Latency:
             ", or give a file to --layer-latency"
         )
     return read_latency(path, arch, experiment.layers)
+
+
+def _damage(args: argparse.Namespace, experiment: Experiment, widths: Sequence[int]) -> tuple[Damage, str]:
+    """The damage of every layer, and where it comes from in words."""
+    path: Path | None = args.sensitivity
+    if path is not None and is_tables(path):
+        names = [layer.name for layer in experiment.layers]
+        return damage_of_tables(path, experiment.info.name, names), "damage of the original's tables"
+    found = _sensitivities(args, experiment, widths)
+    return found.damage, f"damage by {found.metric} on {found.images} images"
 
 
 def _sensitivities(args: argparse.Namespace, experiment: Experiment, widths: Sequence[int]) -> Sensitivities:

@@ -164,3 +164,12 @@ def test_sensitivities_of_another_network(tmp_path: Path, capsys: pytest.Capture
     Sensitivities("kl", "resnet18", 2, {"a": {4: 1.0}}, {"a": {4: 0.0}}).save(path)
     error = refused(capsys, "--search size=0.5 --sensitivity {0} --save-path {1}", path, tmp_path)
     assert "holds sensitivities of resnet18, not of digits" in error
+
+
+def test_the_originals_tables_give_damage_and_latency(shared: Path, tmp_path: Path) -> None:
+    tables = shared / "reference" / "ilp_tables.json"
+    scheme = tmp_path / "found.yaml"
+    flags = f"-a resnet18 --search latency=0.5 --sensitivity {tables} --layer-latency {tables} --save-scheme {scheme}"
+    assert quant_train.main([*flags.split(), "--save-path", str(tmp_path)]) == 0
+    assert "of the original's tables" in scheme.read_text()
+    assert load_scheme(str(scheme), "resnet18").name == "found"

@@ -62,6 +62,22 @@ def _option(entry: Mapping[str, Any], i: int, bits: int, weights: int) -> Option
     return Option(bits, entry["hutchinson_trace"][i] * entry[f"delta_sq_{bits}"][i], costs)
 
 
+def is_tables(path: Path) -> bool:
+    """Whether a file looks like these tables and not like other JSON; False for one that cannot be read."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(contents, dict) and "archs" in contents
+
+
+def damage_of_tables(path: Path, arch: str, layers: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Layer -> 4 or 8 bits -> the original's damage.  layers, errors: as of :func:`latency_of_tables`."""
+    original = problem_of_tables(path, arch, ())
+    named = {float_layer(layer.name, layers): layer.options for layer in original.layers}
+    return {name: {o.bits: o.damage for o in options} for name, options in named.items() if name is not None}
+
+
 def latency_of_tables(path: Path, arch: str, layers: Sequence[str]) -> dict[str, dict[int, float]]:
     """Layer -> bits of a scheme (2..8) -> milliseconds of the kernel that runs them on the original's T4.
 

@@ -11,13 +11,12 @@ from torch import nn
 from bit_config import Rule, load_scheme, resolve, save_scheme
 from utils.errors import UserError
 from utils.experiment import quantize_module
-from utils.hawq.names import float_layer
 from utils.layer_latency import write_layer_latency
 from utils.models import create_model
 from utils.quantization_utils.bit_width_problem import Budget, tied_names
 from utils.quantization_utils.bit_width_search import solve
 from utils.quantization_utils.cost_model import Layer, LayerBits, bops_g, size_mib
-from utils.quantization_utils.ilp_tables import problem_of_tables
+from utils.quantization_utils.ilp_tables import damage_of_tables
 from utils.quantization_utils.layer_costs import build_problem, fixed_layers, read_latency, ties_of
 from utils.quantization_utils.quant_modules import QuantLayer
 
@@ -190,9 +189,10 @@ def test_latency_of_the_original(shared: Path) -> None:
 
 def test_the_published_search_of_resnet18_is_ours(shared: Path, network_layers: list[Layer]) -> None:
     """Our costs and ties with the original's damage give its latency_0.5 from the same budget."""
-    from_tables = _damage_of_tables(shared, [x.name for x in network_layers])
+    tables = shared / "reference" / "ilp_tables.json"
+    from_tables = damage_of_tables(tables, "resnet18", [x.name for x in network_layers])
     fixed = {name: bits for name, (bits, _) in fixed_layers(network_layers).items()}
-    latency = read_latency(shared / "reference" / "ilp_tables.json", "resnet18", network_layers)
+    latency = read_latency(tables, "resnet18", network_layers)
     for kind, scheme in (("size", "modelsize"), ("bops", "bops"), ("latency", "latency")):
         budgets = (Budget(kind, 0.5, True),)
         problem = build_problem(network_layers, from_tables, (4, 8), budgets, fixed=fixed, latency=latency)
@@ -204,8 +204,3 @@ def test_the_published_search_of_resnet18_is_ours(shared: Path, network_layers: 
 def network_layers() -> list[Layer]:
     module, example = network("resnet18")
     return quantize_module(module, example, load_scheme("uniform8", "resnet18"))[1]
-
-
-def _damage_of_tables(shared: Path, names: list[str]) -> dict[str, dict[int, float]]:
-    problem = problem_of_tables(shared / "reference" / "ilp_tables.json", "resnet18", ())
-    return {str(float_layer(x.name, names)): {o.bits: o.damage for o in x.options} for x in problem.layers}
