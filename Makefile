@@ -4,12 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
-# Those that need images and weights (accuracy, ptq) have no main and are not meant here.  bit_width_search needs the
-# tables of the original; families and the three about compiled networks take long (and
-# the latter TVM and the other runtimes): run them one by one.  readme_tables measures nothing.
-APART := bit_width_search families tvm_equality tvm_latency tvm_memory readme_tables
-BENCHMARKS := $(filter-out $(APART:%=benchmarks.%), \
-    $(patsubst benchmarks/%.py,benchmarks.%,$(shell grep -l '^def main' benchmarks/*.py)))
+# Those of benchmarks/ that need minutes and no files; the others say in their --help what they need.
+BENCHMARKS := $(addprefix benchmarks., calibration_cost engine_speed equality qat_step)
 
 .PHONY: demo test lint bench readme lock clean
 .DEFAULT_GOAL := demo
@@ -33,7 +29,7 @@ lint: $(READY)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# Those programs of benchmarks/ that need minutes and no files; tables are written to runs/bench/.
+# Tables are written to runs/bench/.
 bench: $(READY)
 	@set -e; for program in $(BENCHMARKS); do echo "== $$program"; $(RUN) -m $$program; done
 

@@ -1,4 +1,4 @@
-"""Renders results/*.csv as tables between markers in README.md and docs/tvm.md: no number there is typed by hand.
+"""Renders results/*.csv as tables between markers in README.md and docs/*.md: no number there is typed by hand.
 
     python -m benchmarks.readme_tables [--check]
 
@@ -21,7 +21,7 @@ from utils.provenance import read_csv
 from utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/tvm.md")
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
 MARKER = re.compile(
     r"^(?P<begin><!-- table (?P<file>[^\s:]+)(?: where (?P<where>[^:\n]+?))?(?:: (?P<columns>[^\n]+?))? -->)\n"
     r"(?P<old>(?:(?!<!-- table ).*\n)*?)(?P<end><!-- end table -->)$",

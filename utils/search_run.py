@@ -35,7 +35,7 @@ from utils.search_report import Search, format_search, front_rows, layer_table
 from utils.trainer import Interrupted
 
 SENSITIVITY, STATE = "sensitivity.json", "sensitivity_state.pth.tar"
-SCHEME, LAYERS, FRONT, PICTURE, LOG = "scheme.yaml", "search.csv", "pareto.csv", "pareto.png", "log.log"
+SCHEME, LAYERS, FRONT, PICTURE, LOG = "searched.yaml", "search.csv", "pareto.csv", "pareto.png", "log.log"
 LABELS = {
     "size": "size of the weights, MiB",
     "bops": "bit operations of one image, 1e9",

@@ -84,12 +84,12 @@ def test_without_a_file_the_damage_is_measured(tmp_path: Path, capsys: pytest.Ca
     assert "digits has random weights" in out
     assert "damage by fisher on 32 images" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("log.log", "scheme.yaml", "search.csv", "sensitivity.json")
+        *("log.log", "searched.yaml", "search.csv", "sensitivity.json")
     }
     measured = Sensitivities.load(tmp_path / "run" / "sensitivity.json")
     assert (measured.metric, measured.arch, measured.images) == ("fisher", "digits", 32)
     assert run("--search bits=5 --sensitivity {0} --save-path {1}", tmp_path / "run/sensitivity.json", tmp_path) == 0
-    same = [(tmp_path / part / "scheme.yaml").read_text().split("\nname:")[1] for part in ("run", ".")]
+    same = [(tmp_path / part / "searched.yaml").read_text().split("\nname:")[1] for part in ("run", ".")]
     assert same[0] == same[1]
 
 
@@ -104,7 +104,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(
     assert run("--search bits=5 --search-images 8 --save-path {0}", tmp_path) == quant_train.EXIT_INTERRUPTED
     error = capsys.readouterr().err
     assert f"stopped during the measurement; what was measured is in {tmp_path}" in error
-    assert not (tmp_path / "scheme.yaml").exists()
+    assert not (tmp_path / "searched.yaml").exists()
 
 
 def test_latency_budget(sensitivity: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +116,13 @@ def test_latency_budget(sensitivity: Path, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "dropped: 4 bit for 2 of 3 searched layers, no cheaper than 8 bit" in out
     assert "dropped: 2 bit for 1 of 3 searched layers, no cheaper than 4 bit" in out
-    assert [rule.bits for rule in load_scheme(str(tmp_path / "scheme.yaml"), "digits").rules] == [8, 4, 8, 8, 8]
+    assert [rule.bits for rule in load_scheme(str(tmp_path / "searched.yaml"), "digits").rules] == [8, 4, 8, 8, 8]
 
 
 def test_fixed_layers(sensitivity: Path, tmp_path: Path) -> None:
     flags = "--search size=1 --search-bits 2,4,8 --sensitivity {0} --save-path {1} "
     assert run(flags + r"--search-fix unit\.conv=4 --search-fix output=2", sensitivity, tmp_path) == 0
-    assert [rule.bits for rule in load_scheme(str(tmp_path / "scheme.yaml"), "digits").rules] == [8, 4, 4, 8, 2]
+    assert [rule.bits for rule in load_scheme(str(tmp_path / "searched.yaml"), "digits").rules] == [8, 4, 4, 8, 2]
 
 
 MISTAKES = {
