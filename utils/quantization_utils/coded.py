@@ -11,6 +11,7 @@ Source: MQBench (its fake quantizers and observers); the bias stays float.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from utils.quantization_utils.fold_bn import affine_of, fold
 from utils.quantization_utils.observers import Ema, Observer, Range, batch_range
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
 from utils.quantization_utils.quant_primitives import MIN_WEIGHT_SCALE, int_range, per_channel
-from utils.quantization_utils.range_search import CHANNEL_CANDIDATES, SHRINK, TENSOR_CANDIDATES
+from utils.quantization_utils.range_search import CHANNEL_CANDIDATES, TENSOR_CANDIDATES, best_factor
 
 MIN_SCALE = torch.finfo(torch.float32).eps
 PIECE = 1 << 18  # weights searched at a time: they stay in the cache
@@ -131,21 +132,13 @@ def calibrate_codes(layer: CodedLayer, method: str, power: float) -> None:
 def least_error_factor(
     values: Tensor, low: Tensor, high: Tensor, code: Code, candidates: int, power: float, counts: Tensor | None = None
 ) -> Tensor:
-    """The factor ``1 - 0.01 i`` [R] of each row's range with the least ``sum(counts * |x_hat - x| ** power)``.
+    """The factor [R] of each row's range ``low`` to ``high`` that quantizes best, see :func:`best_factor`."""
 
-    values: float [R, L], with counts [R, L] where a value stands for several.  Both ends of a range shrink together;
-    candidates are tried from the widest on and must be strictly better.
-    """
-    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for i in range(candidates):
-        factor = 1 - SHRINK * i
+    def steps(factor: float) -> tuple[Tensor, tuple[Any, Any]]:
         scale, zero = (t.unsqueeze(1) for t in code.scale_and_zero(low * factor, high * factor))
-        error = (values / scale).round_().clamp_(code.lo - zero, code.hi - zero).mul_(scale).sub_(values)
-        powered = error.square_() if power == 2 else error.abs_().pow_(power)
-        total = (powered if counts is None else powered.mul_(counts)).sum(1)
-        best = torch.where(total < least, factor, best)
-        least = torch.minimum(least, total)
-    return best
+        return scale, (code.lo - zero, code.hi - zero)
+
+    return best_factor(values, steps, candidates, power, counts)
 
 
 class CodedSearch:

@@ -4,6 +4,9 @@ Ranges are symmetric around zero or begin there, so one number, the reach, says 
 ``reach / hi``.  Values come as they are (weights) or as the points and counts of a histogram (activations).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,32 +16,41 @@ SHRINK = 0.01
 TENSOR_CANDIDATES, CHANNEL_CANDIDATES = 95, 80
 
 
-def candidate(reach: Tensor, i: int) -> Tensor:
-    """The i-th shrunk reach, ``reach * (1 - 0.01 i)``."""
-    return reach * (1 - SHRINK * i)
+# A factor of the whole range -> scale, and the inclusive multiples of it that can be had: [R, 1] or numbers.
+Steps = Callable[[float], tuple[Tensor, tuple[Any, Any]]]
+
+
+def best_factor(values: Tensor, steps: Steps, candidates: int, power: float, counts: Tensor | None = None) -> Tensor:
+    """The factor ``1 - 0.01 i`` [R] of each row's range with the least ``sum(counts * |x_hat - x| ** power)``.
+
+    values: float [R, L], with counts [R, L] where a value stands for several.  Candidates are tried from the widest on
+    and must be strictly better.  A row of zeros, or with NaN, keeps its range.
+    """
+    best, least = values.new_ones(len(values)), values.new_full((len(values),), torch.inf)
+    error = torch.empty_like(values)
+    for i in range(candidates):
+        factor = 1 - SHRINK * i
+        scale, bounds = steps(factor)
+        torch.mul(values, scale.reciprocal(), out=error).round_().clamp_(*bounds).mul_(scale).sub_(values)
+        powered = error.square_() if power == 2 else error.abs_().pow_(power)
+        total = (powered if counts is None else powered.mul_(counts)).sum(1)
+        best = torch.where(total < least, factor, best)
+        least = torch.where(total < least, total, least)
+    return best
 
 
 def least_error(
     values: Tensor, reach: Tensor, bounds: tuple[int, int], candidates: int, power: float, counts: Tensor | None = None
 ) -> Tensor:
-    """The candidate reach [R] of each row that quantizes with the least ``sum(counts * |x_hat - x| ** power)``.
+    """The shrunk reach [R] of each row that quantizes best, see :func:`best_factor`.
 
-    values: float [R, L], with counts [R, L] where a value stands for several.  reach: [R], the largest magnitude of a
-    row.  bounds: inclusive integers, the upper one belongs to the reach.  Candidates are tried from the widest on and
-    must be strictly better.  A row of zeros, or with NaN, keeps its reach.
+    reach: [R], the largest magnitude of a row.  bounds: inclusive integers, the upper one belongs to the reach.
     """
-    best, least = reach.clone(), torch.full_like(reach, torch.inf)
-    error = torch.empty_like(values)
-    for i in range(candidates):
-        tried = candidate(reach, i)
-        scale = (tried / bounds[1]).clamp_min(MIN_WEIGHT_SCALE).unsqueeze(1)
-        torch.mul(values, scale.reciprocal(), out=error).round_().clamp_(*bounds).mul_(scale).sub_(values)
-        powered = error.square_() if power == 2 else error.abs_().pow_(power)
-        total = (powered if counts is None else powered.mul_(counts)).sum(1)
-        better = total < least
-        best = torch.where(better, tried, best)
-        least = torch.where(better, total, least)
-    return best
+
+    def steps(factor: float) -> tuple[Tensor, tuple[Any, Any]]:
+        return (reach * factor / bounds[1]).clamp_min(MIN_WEIGHT_SCALE).unsqueeze(1), bounds
+
+    return reach * best_factor(values, steps, candidates, power, counts)
 
 
 def least_divergence(counts: Tensor, levels: int) -> float:
