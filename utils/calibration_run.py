@@ -61,7 +61,8 @@ def calibrate_run(job: Run, configure: Callable[[], None]) -> None:
     if loader is None:
         return
     job.phase = "calibration"
-    order = f"{len(loader.dataset)} images in batches of {loader.batch_size}, in the order of the data set"
+    count = len(loader.dataset)
+    order = f"{count} images in batches of {min(count, loader.batch_size)}, in the order of the data set"
     if args.ptq is None:
         batches = inputs(loader, len(loader), experiment.preprocess, experiment.device, "calibration")
         calibrate(experiment.model, batches, args.calibration, args.calib_percentile, args.mse_power or 2.0)

@@ -46,7 +46,7 @@ def parse_recipe(text: str) -> PtqRecipe:
     if len(calibrators) != 1:
         raise _refusal(text, f"has {len(calibrators)} calibrators")
     if len(set(parts)) < len(parts) or len(rounding) > 1:
-        raise _refusal(text, "names a part twice" if len(rounding) < 2 else "has both adaround and block")
+        raise _refusal(text, "has both adaround and block" if len(set(rounding)) > 1 else "names a part twice")
     weights, _, activations = calibrators[0].rpartition("/")
     weights = weights or ("mse" if activations in MSE_METHODS else "minmax")
     return PtqRecipe(weights, activations, EQUALIZE in parts, BIAS in parts, rounding[0] if rounding else None)

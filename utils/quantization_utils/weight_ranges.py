@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.quantization_utils.coded import CodedLayer, calibrate_codes
 from utils.quantization_utils.fold_bn import affine_of, fold
 from utils.quantization_utils.prepare import QuantizedModel
@@ -22,10 +23,13 @@ PIECE = 1 << 18  # weights searched at a time: they stay in the cache
 def calibrate_weights(model: QuantizedModel, method: str = "mse", power: float = 2.0, per_channel: bool = True) -> None:
     """Choose the weight range of every layer: ``minmax``, or ``mse`` with the mean error ``|w_hat - w| ** power``.
 
-    per_channel: a range for each output channel, or one for each layer.  Replaces ranges learned before.
+    per_channel: a range for each output channel, or one for each layer.  Replaces ranges learned before.  Raises
+    UserError for weights that are not finite.
     """
-    layers = [layer for layer in model.weight_layers().values() if isinstance(layer, QuantLayer)]
-    for layer in tqdm(layers, desc=f"weight ranges ({method})", unit="layer", leave=False, disable=None):
+    layers = [(name, layer) for name, layer in model.weight_layers().items() if isinstance(layer, QuantLayer)]
+    for name, layer in tqdm(layers, desc=f"weight ranges ({method})", unit="layer", leave=False, disable=None):
+        if not bool(torch.isfinite(fold(layer.module.weight, None, layer.bn)[0]).all()):
+            raise UserError(f"the weights of layer {name!r} are not finite; check the network for NaN or infinity")
         layer.per_channel = per_channel
         if isinstance(layer, CodedLayer):
             calibrate_codes(layer, method, power)
