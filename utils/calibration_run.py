@@ -104,9 +104,7 @@ def _round(job: Run, model: QuantizedModel, images: list[Tensor]) -> None:
     granularity: Granularity = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
     settings = SETTINGS[args.ptq_setting](granularity)
     job.phase, job.kept = "learned rounding", f"finished {granularity}s are in {state}, the same command goes on"
-    loader = job.data.calibration
-    mirror = loader is not None and loader.dataset.source.flippable
-    results = reconstruct(model, images, replace(settings, seed=args.seed, state=state, mirror=mirror))
+    results = reconstruct(model, images, replace(settings, seed=args.seed, state=state))
     seconds = sum(result.seconds for result in results)
     improved = sum(result.loss_after < result.loss_nearest for result in results)
     log.info(

@@ -91,7 +91,7 @@ class _Job:
         batches = [images] if isinstance(images, Tensor) else list(images)
         if sum(len(batch) for batch in batches) == 0:
             raise UserError("reconstruction got 0 images; give at least one, for example --calib-images 256")
-        together = torch.cat(batches + [batch.flip(-1) for batch in batches] if settings.mirror else batches)
+        together = torch.cat(batches)
         self._check_memory(len(together))
         self.finished = FinishedUnits(settings, model, together)
         self.walk = SideBySide(model, self.units, together)
@@ -100,7 +100,7 @@ class _Job:
     def _check_memory(self, count: int) -> None:
         needed, limit = peak_bytes(self.model, self.units, count), self.settings.cache_gib * GIB
         if needed > limit:
-            fits = int(count * limit / needed) // (2 if self.settings.mirror else 1)
+            fits = int(count * limit / needed)
             raise UserError(
                 f"the activations of {count} images take {needed / GIB:.1f} GiB, the limit is "
                 f"{self.settings.cache_gib:g} GiB; give at most {fits} images, or raise cache_gib"

@@ -42,7 +42,6 @@ class Settings:
     rest.  patience: twentieths of the steps without a gain of 0.1 % before a unit is done; 0: all steps.
     learn_activation_scales: None: for blocks only.  scale_lr: of Adam on them, falling as a cosine.
     negligible: units whose relative error is not above this are left as they are.
-    mirror: also learn from the images turned left to right, as training does: half the images say nearly as much.
     cache_gib: memory for activations; more is refused.  state: file that finished units are kept in.
     """
 
@@ -60,7 +59,6 @@ class Settings:
     learn_activation_scales: bool | None = None
     scale_lr: float = 4e-5
     negligible: float = 1e-6
-    mirror: bool = False
     cache_gib: float = 8.0
     state: Path | None = None
 
