@@ -169,13 +169,15 @@ def _integer_top1(run: Experiment, data: Data) -> float:
     return evaluate(TorchEngine(run.convert(data.val.classes)), data.val, "integer graph").top1
 
 
-def measure_all(setting: Setting, jobs: int, output: Path) -> list[dict[str, object]]:
-    """Train what the output has no row of, ``jobs`` runs at a time; the file is written after each."""
+def measure_all(setting: Setting, jobs: int, output: Path, most: int | None) -> list[dict[str, object]]:
+    """Train what the output has no row of, at most ``most``, ``jobs`` at a time; the file is written after each."""
     old = read_csv(output)[1] if output.exists() else []
     rows: list[dict[str, object]] = [dict(row) for row in old]
     done = {(row["budget"], row["scheme"], str(row["seed"])) for row in old}
+    if most == 0:
+        return rows
     every = list(cases(setting))
-    todo = [(c, seed) for seed in SEEDS for c in every if (c.budget, c.kind, str(seed)) not in done]
+    todo = [(c, seed) for seed in SEEDS for c in every if (c.budget, c.kind, str(seed)) not in done][:most]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(trained_top1, setting, case.bits, seed): (case, seed) for case, seed in todo}
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", disable=None):
@@ -254,10 +256,11 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=256, metavar="N", help="for calibration and sensitivities")
     parser.add_argument("--metric", choices=METRICS, default="trace")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=int, metavar="N", help="at most so many more (0: only the summary)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/search_effect.csv"), metavar="FILE")
     args = parser.parse_args()
     setting = Setting(args.weights, args.data, args.steps, args.lr, args.images, args.metric)
-    rows = measure_all(setting, args.jobs, args.output)
+    rows = measure_all(setting, args.jobs, args.output, args.runs)
     table = summary(rows)
     write_csv(args.output.with_name(f"{args.output.stem}_summary.csv"), table)
     plot_runs(args.output.with_suffix(".png"), groups_of_runs(rows), label="top-1 of the integer graph, %")
