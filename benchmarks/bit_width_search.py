@@ -1,6 +1,6 @@
 """How long the search of bit widths takes, and what it finds, on the original HAWQ's own tables.
 
-    python benchmarks/bit_width_search.py --tables ilp_tables.json [--points 20] [--repeats 5]
+    python -m benchmarks.bit_width_search --tables ilp_tables.json [--points 20] [--repeats 5]
 
 For ResNet-18 and ResNet-50: each of the nine published budgets, the three kinds together, and a front.  Writes
 ``runs/bench/bit_width_search.csv``.  gain: damage of all layers at 4 bits less that of the solution; seconds: of the
@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError
 from utils.provenance import write_csv

@@ -1,18 +1,15 @@
 """Cost of evaluating the integer graph with the torch engine, relative to the float model; measured interleaved.
 
-python benchmarks/engine_speed.py [--archs resnet18 ...] [--rounds 7] [--output runs/bench/engine_speed.csv]
+python -m benchmarks.engine_speed [--archs resnet18 ...] [--rounds 7] [--output runs/bench/engine_speed.csv]
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data_utils import normalize
 from utils.integer_graph.torch_engine import TorchEngine

@@ -1,6 +1,6 @@
 """Whether the torch engine equals the interpreter, on every tensor of every node.
 
-    python benchmarks/equality.py [--archs resnet18 ...] [--images 8] [--output results/equality.csv]
+    python -m benchmarks.equality [--archs resnet18 ...] [--images 8] [--output results/equality.csv]
 
 Random weights, random images; every integer of every node and every logit is compared by equality.
 """
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.integer_graph.interpreter import run
 from utils.integer_graph.torch_engine import TorchEngine

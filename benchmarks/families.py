@@ -1,6 +1,6 @@
 """Which network families convert to integers: every classifier family of PyTorchCV and torchvision, one by one.
 
-    python benchmarks/families.py [--families seresnet mobilenetv3 ...] [--all] [--limit N] [--scheme uniform8]
+    python -m benchmarks.families [--families seresnet mobilenetv3 ...] [--all] [--limit N] [--scheme uniform8]
 
 Takes a small network of each family with random weights, quantizes it, calibrates it on two random images, converts
 it, and compares interpreter and torch engine on two others: every integer of every node, by equality.  Each network
@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data_utils import normalize
 from utils.errors import UserError

@@ -1,6 +1,6 @@
 """Cost of a QAT training step relative to the float step of the same network, measured interleaved in one process.
 
-    python benchmarks/qat_step.py [--arch resnet18 --batch 16 --size 224] [--rounds 7]
+    python -m benchmarks.qat_step [--arch resnet18 --batch 16 --size 224] [--rounds 7]
 
 Prints, per network and BatchNorm mode, the median step times, the median of the per-round ratios and the ratio of
 peak memory; writes ``runs/bench/qat_step.csv``.  The float step with frozen BatchNorm evaluates its BNs in eval mode.
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bit_config
 from utils.models import create_model

@@ -1,6 +1,6 @@
 """What the Hessian trace of a network costs, how precise it is, and whether its standard errors are true.
 
-    python benchmarks/sensitivity_cost.py --weights FILE --data DIR [--arch resnet20_cifar10] [--images 256]
+    python -m benchmarks.sensitivity_cost --weights FILE --data DIR [--arch resnet20_cifar10] [--images 256]
 
 DIR has train/ with one folder of images per class.  Measures to a relative standard error of 5 % on the ten largest
 layers, as a search does, and once more with all probes there are, which gives the exact trace where a network is
@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data_utils import make_loader, normalize, open_dataset, subset
 from utils.errors import UserError

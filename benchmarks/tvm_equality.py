@@ -1,6 +1,6 @@
 """Whether networks compiled through TVM give the integer graph's integers, compared by equality.
 
-    python benchmarks/tvm_equality.py [--archs resnet18 ...] [--schemes uniform8 ...] [--targets auto avx2 ...]
+    python -m benchmarks.tvm_equality [--archs resnet18 ...] [--schemes uniform8 ...] [--targets auto avx2 ...]
         [--weights DIR] [--output FILE]
 
 Every network runs with one image a call and with eight, with one thread and with two: all logits of 32 images are held
@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tvm_benchmark import runtime
 from tvm_benchmark.artifact import CompiledModel

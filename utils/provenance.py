@@ -78,11 +78,14 @@ def _without_folders(argument: str) -> str:
 
 
 def _arguments() -> list[str]:
-    """The command line; a program below the project's folder by its path there, which is the same everywhere."""
+    """The command line; a program by its path below the project's folder, or by ``-m`` where it was started so."""
     root = Path(__file__).resolve().parent.parent
     program = Path(sys.argv[0]).resolve()
-    shown = program.relative_to(root).as_posix() if program.is_relative_to(root) else program.name
-    return [shown, *map(_without_folders, sys.argv[1:])]
+    shown = [program.relative_to(root).as_posix() if program.is_relative_to(root) else program.name]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == program:
+        shown = ["-m", spec.name.removesuffix(".__main__")]
+    return [*shown, *map(_without_folders, sys.argv[1:])]
 
 
 def _cpu() -> str:

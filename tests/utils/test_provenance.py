@@ -1,6 +1,8 @@
 """Results carry where they come from."""
 
+import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,15 @@ def test_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch
     assert provenance()["command"] == "python pytest"
     monkeypatch.setattr("sys.argv", ["/somewhere/pytest", "--data", "/home/somebody/images", "-a", "net"])
     assert provenance()["command"] == "python pytest --data images -a net"
+
+
+def test_command_of_a_module_is_the_one_that_runs_it(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "shows.py").write_text("from utils.provenance import provenance\nprint(provenance()['command'])\n")
+    command = [sys.executable, "-m", "shows", "--rounds", "3"]
+    paths = os.pathsep.join([str(tmp_path), str(root)])
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    assert found.stdout == "python -m shows --rounds 3\n"
 
 
 def test_unreadable_table_is_refused(tmp_path: Path) -> None:

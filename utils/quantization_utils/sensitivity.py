@@ -145,27 +145,31 @@ def measure(
         fresh = new_sums(count, model, settings.activations) if metric == "trace" else new_values(model, widths, count)
         progress = Progress(state, given, inputs, fresh, settings.save_seconds)
         ranges = ranges_at(model, [images for images, _ in kept], widths, settings.calibration)
-        run = _trace if metric == "trace" else _by_image
-        damage, error = run(model, kept, metric, widths, settings, ranges, progress)
+        job = _Job(model, kept, widths, ranges, progress)
+        damage, error = _trace(job, settings) if metric == "trace" else _by_image(job, metric)
     return Sensitivities(metric, settings.arch, count, damage, error)
 
 
-def _trace(
-    model: QuantizedModel,
-    batches: Sequence[Labelled],
-    metric: str,
-    widths: Sequence[int],
-    settings: Settings,
-    ranges: Ranges,
-    progress: Progress,
-) -> tuple[Table, Table]:
-    traces = hessian_traces(model, batches, settings, progress)
+@dataclass(frozen=True)
+class _Job:
+    """What every metric is measured with."""
+
+    model: QuantizedModel
+    batches: Sequence[Labelled]
+    widths: Sequence[int]
+    ranges: Ranges
+    progress: Progress
+
+
+def _trace(job: _Job, settings: Settings) -> tuple[Table, Table]:
+    model, widths = job.model, job.widths
+    traces = hessian_traces(model, job.batches, settings, job.progress)
     errors: dict[str, dict[int, float]] = {
         name: {bits: float(error.square().sum(dtype=torch.float64)) for bits, error in row.items()}
-        for name, row in weight_errors(model, widths, ranges).items()
+        for name, row in weight_errors(model, widths, job.ranges).items()
     }
     if settings.activations:
-        inputs = activation_errors(model, [images for images, _ in batches], widths, ranges)
+        inputs = activation_errors(model, [images for images, _ in job.batches], widths, job.ranges)
         errors |= {input_name(name): row for name, row in inputs.items()}
     damage: Table = {name: dict.fromkeys(widths, 0.0) for name in sites(model)}
     standard_error: Table = {name: dict.fromkeys(widths, 0.0) for name in sites(model)}
@@ -179,19 +183,12 @@ def _trace(
     return damage, standard_error
 
 
-def _by_image(
-    model: QuantizedModel,
-    batches: Sequence[Labelled],
-    metric: str,
-    widths: Sequence[int],
-    settings: Settings,
-    ranges: Ranges,
-    progress: Progress,
-) -> tuple[Table, Table]:
+def _by_image(job: _Job, metric: str) -> tuple[Table, Table]:
+    model, widths, progress = job.model, job.widths, job.progress
     if metric == "fisher":
-        fisher(model, batches, widths, weight_errors(model, widths, ranges), progress)
+        fisher(model, job.batches, widths, weight_errors(model, widths, job.ranges), progress)
     else:
-        compare_outputs(model, batches, metric, widths, ranges, progress)
+        compare_outputs(model, job.batches, metric, widths, job.ranges, progress)
     damage, error = summarise(progress.values, metric)
     return _named(model, widths, damage), _named(model, widths, error)
 
