@@ -39,7 +39,7 @@ MAX_GRAPH_BYTES = 400_000
 ENTRIES = (
     *("digits_float", "digits_w8a8", "digits_mixed", "digits_w4a4", "digits_w2a2"),
     *("resnet20_cifar10_float", "resnet20_cifar10_w8a8", "resnet20_cifar10_mixed"),
-    *("resnet20_cifar10_w4a4", "resnet20_cifar10_w2a2"),
+    *("resnet20_cifar10_w4a4", "resnet20_cifar10_w2a4", "resnet20_cifar10_w2a2"),
 )
 TINY = """
 profiles: {short: for a test, full: not run}
