@@ -21,6 +21,7 @@ from PIL import Image
 
 import bit_config
 import quant_train
+from tests.helpers import refusal
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.digits_net import DigitsNet
 from utils.integer_graph.ir import Graph
@@ -66,12 +67,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The sentence that a command is refused with; it must be one line and leave nothing behind."""
-    capsys.readouterr()
-    assert quant_train.main(argv) == quant_train.EXIT_USER_ERROR
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+    return refusal(quant_train.main, argv, capsys)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

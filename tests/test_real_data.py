@@ -4,10 +4,10 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import quant_train
+from tests.helpers import write_cifar
 
 pytestmark = pytest.mark.data
 IMAGENET_MEAN_STD = ["--mean", ".485", ".456", ".406", "--std", ".229", ".224", ".225"]
@@ -16,17 +16,8 @@ IMAGENET_MEAN_STD = ["--mean", ".485", ".456", ".406", "--std", ".229", ".224", 
 @pytest.fixture(scope="module")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10 validation images as JPEG files, 100 per class."""
-    archive = shared / "data" / "cifar10_val.npz"
-    if not archive.exists():
-        pytest.skip(f"the images {archive.name} are absent")
     folder = tmp_path_factory.mktemp("cifar")
-    with np.load(archive) as content:
-        jpeg, offsets, labels = content["jpeg"], content["offsets"], content["labels"]
-        names = [str(name) for name in content["classes"]]
-    for label, name in enumerate(names):
-        (folder / "val" / name).mkdir(parents=True)
-        for i in np.flatnonzero(labels == label)[:100]:
-            (folder / "val" / name / f"{i}.jpg").write_bytes(jpeg[offsets[i] : offsets[i + 1]].tobytes())
+    write_cifar(shared, folder, per_class=100)
     return folder
 
 

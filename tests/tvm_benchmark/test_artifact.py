@@ -5,18 +5,17 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers import sentence_of
 from tests.tvm_benchmark.small_graphs import CLASSES, SHAPE, float_graph, images, small_graph
 from tvm_benchmark import artifact, runtime
 from tvm_benchmark.artifact import CompiledModel
 from tvm_benchmark.compile import compile_graph
-from utils.errors import UserError
 from utils.integer_graph import interpreter
 
 pytestmark = pytest.mark.tvm
@@ -36,14 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(folder: Path, tmp_path: Path) -> Path:
     """A copy of it that may be damaged."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def refused(action: Callable[[], object]) -> str:
-    """The sentence that something is refused with: one line."""
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def change(folder: Path, **entries: Any) -> Path:
@@ -122,7 +113,7 @@ def test_float_images(tmp_path: Path) -> None:
     batch[0, 0, 0, :3] = [np.inf, -np.inf, 1e30]
     np.testing.assert_array_equal(model(batch), interpreter.run(graph, batch))
     batch[1, 0, 0, 0] = np.nan
-    assert refused(lambda: model(batch)) == "the images hold NaN, expected numbers"
+    assert sentence_of(lambda: model(batch)) == "the images hold NaN, expected numbers"
 
 
 def test_memory_is_shared_with_tvm() -> None:
@@ -172,38 +163,38 @@ def test_two_threads_work(folder: Path) -> None:
 
 def test_wrong_shape_or_dtype(folder: Path) -> None:
     model = CompiledModel(folder)
-    text = refused(lambda: model(images(2)))
+    text = sentence_of(lambda: model(images(2)))
     assert text == "got images uint8 [2, 3, 7, 6], expected uint8 [3, 3, 7, 6]; predict() takes any number of images"
-    assert "got images float64 [3, 3, 7, 6], expected uint8" in refused(lambda: model(images(BATCH) / 255))
+    assert "got images float64 [3, 3, 7, 6], expected uint8" in sentence_of(lambda: model(images(BATCH) / 255))
     wrong = np.zeros((BATCH, 1, 7, 6), np.uint8)
-    assert refused(lambda: model(wrong)) == "got images uint8 [3, 1, 7, 6], expected uint8 [3, 3, 7, 6]"
-    assert "expected uint8 [3, 3, 7, 6]" in refused(lambda: model.predict(wrong))
+    assert sentence_of(lambda: model(wrong)) == "got images uint8 [3, 1, 7, 6], expected uint8 [3, 3, 7, 6]"
+    assert "expected uint8 [3, 3, 7, 6]" in sentence_of(lambda: model.predict(wrong))
 
 
 @pytest.mark.parametrize("name", ["model.so", "model.json"])
 def test_missing_file(copy: Path, name: str) -> None:
     (copy / name).unlink()
-    assert f"{name} is missing; give a folder that" in refused(lambda: CompiledModel(copy))
+    assert f"{name} is missing; give a folder that" in sentence_of(lambda: CompiledModel(copy))
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    assert "model.json is missing" in refused(lambda: CompiledModel(tmp_path / "nowhere"))
+    assert "model.json is missing" in sentence_of(lambda: CompiledModel(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"format": "something else"}', "\udcff"])
 def test_foreign_or_damaged_description(copy: Path, text: str) -> None:
     (copy / "model.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    sentence = refused(lambda: CompiledModel(copy))
+    sentence = sentence_of(lambda: CompiledModel(copy))
     assert "cannot read" in sentence or "does not describe a compiled model" in sentence
 
 
 def test_unknown_version(copy: Path) -> None:
-    assert "has format version 99, this program reads 1" in refused(lambda: CompiledModel(change(copy, version=99)))
+    assert "has format version 99, this program reads 1" in sentence_of(lambda: CompiledModel(change(copy, version=99)))
 
 
 @pytest.mark.parametrize("key", sorted(artifact.FIELDS))
 def test_entry_of_another_kind(copy: Path, key: str) -> None:
-    assert f"is damaged: '{key}' is not valid" in refused(lambda: CompiledModel(change(copy, **{key: 1.5})))
+    assert f"is damaged: '{key}' is not valid" in sentence_of(lambda: CompiledModel(change(copy, **{key: 1.5})))
 
 
 @pytest.mark.parametrize("place", [100, -1])
@@ -211,44 +202,46 @@ def test_changed_library(copy: Path, place: int) -> None:
     content = bytearray((copy / "model.so").read_bytes())
     content[place] ^= 1
     (copy / "model.so").write_bytes(content)
-    text = refused(lambda: CompiledModel(copy))
+    text = sentence_of(lambda: CompiledModel(copy))
     assert "model.so is not the file that model.json describes: it was changed; compile the model again" in text
 
 
 def test_another_cpu(copy: Path) -> None:
-    text = refused(lambda: CompiledModel(change(copy, flags=["avx999", "fma"])))
+    text = sentence_of(lambda: CompiledModel(change(copy, flags=["avx999", "fma"])))
     assert "this machine lacks avx999; compile it again here: python -m tvm_benchmark.compile --graph" in text
     assert text.endswith(f"-o {copy} --batch-size 3")
-    text = refused(lambda: CompiledModel(change(copy, flags=[], machine="aarch64")))
+    text = sentence_of(lambda: CompiledModel(change(copy, flags=[], machine="aarch64")))
     assert "this machine lacks the architecture aarch64 (this is" in text
 
 
 def test_tiles_that_the_system_refuses(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact, "request_tiles", lambda: False)
     changed = change(copy, flags=[], target="amx")
-    assert "lacks the system's permission to use AMX tiles" in refused(lambda: CompiledModel(changed))
+    assert "lacks the system's permission to use AMX tiles" in sentence_of(lambda: CompiledModel(changed))
 
 
 def test_too_many_threads(folder: Path) -> None:
-    assert "got 1000 threads, but TVM's thread pool in this process has" in refused(lambda: CompiledModel(folder, 1000))
-    assert refused(lambda: CompiledModel(folder, 0)) == "got 0 threads, expected at least 1"
+    assert "got 1000 threads, but TVM's thread pool in this process has" in sentence_of(
+        lambda: CompiledModel(folder, 1000)
+    )
+    assert sentence_of(lambda: CompiledModel(folder, 0)) == "got 0 threads, expected at least 1"
 
 
 def test_steps_and_tensors_only_where_compiled(tmp_path: Path, folder: Path) -> None:
     compile_graph(small_graph(), tmp_path)
     model = CompiledModel(tmp_path)
-    assert "compile it with steps=True" in refused(lambda: model.step_times(1))
-    assert "compile it with keep=True" in refused(lambda: model.tensor("logits"))
-    assert "the tensor 'conv1' is not stored" in refused(lambda: CompiledModel(folder).tensor("conv1"))
+    assert "compile it with steps=True" in sentence_of(lambda: model.step_times(1))
+    assert "compile it with keep=True" in sentence_of(lambda: model.tensor("logits"))
+    assert "the tensor 'conv1' is not stored" in sentence_of(lambda: CompiledModel(folder).tensor("conv1"))
 
 
 def test_without_tvm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
-    text = refused(lambda: CompiledModel(folder))
+    text = sentence_of(lambda: CompiledModel(folder))
     assert 'pip install "apache-tvm==0.27.0.post1" "apache-tvm-ffi==0.1.14.post1"' in text
 
 
 def test_file_that_is_no_library(tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     path.write_bytes(b"no library")
-    assert "cannot load the library" in refused(lambda: runtime.load_library(path))
+    assert "cannot load the library" in sentence_of(lambda: runtime.load_library(path))

@@ -4,13 +4,13 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers import sentence_of
 from tests.tvm_benchmark.small_graphs import images, small_graph
 from tvm_benchmark import compile as compiler
 from tvm_benchmark import tune
@@ -25,14 +25,6 @@ from utils.integer_graph.serialize import graph_hash, save
 from utils.random_networks import calibrated, random_images
 
 pytestmark = pytest.mark.tvm
-
-
-def refused(action: Callable[[], object]) -> str:
-    """The sentence that something is refused with: one line."""
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -141,10 +133,10 @@ def test_failure_leaves_the_older_model(error: Exception, tmp_path: Path, monkey
 def test_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_text("")
-    text = refused(lambda: compile_graph(small_graph(), path / "out"))
+    text = sentence_of(lambda: compile_graph(small_graph(), path / "out"))
     assert text == f"cannot write {path / 'out'}: {path} is not a folder; give another place"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    text = refused(lambda: compile_graph(small_graph(), tmp_path / "out"))
+    text = sentence_of(lambda: compile_graph(small_graph(), tmp_path / "out"))
     assert text == f"cannot write {tmp_path / 'out'}: no permission to write there; give another place"
 
 
@@ -152,10 +144,10 @@ def test_without_a_c_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
-    text = refused(lambda: compile_graph(small_graph(), tmp_path / "out"))
+    text = sentence_of(lambda: compile_graph(small_graph(), tmp_path / "out"))
     assert "needs a C compiler to link the library, and the PATH has neither g++, gcc nor clang; install one" in text
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "got no-such-compiler" in refused(lambda: compile_graph(small_graph(), tmp_path / "out"))
+    assert "got no-such-compiler" in sentence_of(lambda: compile_graph(small_graph(), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -174,15 +166,15 @@ def test_without_tvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 
 def test_values_that_make_no_sense(tmp_path: Path) -> None:
     graph = small_graph()
-    text = refused(lambda: compile_graph(graph, tmp_path, batch=0))
+    text = sentence_of(lambda: compile_graph(graph, tmp_path, batch=0))
     assert text == "got a batch of 0 images, expected at least 1"
-    text = refused(lambda: compile_graph(graph, tmp_path, target="gpu"))
+    text = sentence_of(lambda: compile_graph(graph, tmp_path, target="gpu"))
     assert text == "got --target gpu, expected one of auto, amx, avx512vnni, avxvnni, avx2, portable"
 
 
 def test_search_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "runs_here", lambda target: False)
-    text = refused(lambda: compile_graph(small_graph(), tmp_path, tune=True))
+    text = sentence_of(lambda: compile_graph(small_graph(), tmp_path, tune=True))
     assert "--tune measures, and this machine does not run the target" in text
 
 
@@ -192,7 +184,7 @@ def test_float_island(tmp_path: Path) -> None:
     island = make_node("attention", "float_op", [first], attrs={**attrs, "bits": 8, "signed": False})
     flat = make_node("flat", "reshape", [island], attrs={"shape": [126]})
     logits = make_node("logits", "logits", [flat], arrays={"scale": np.ones(1, np.float32)})
-    text = refused(lambda: compile_graph(Graph((first, island, flat, logits)), tmp_path))
+    text = sentence_of(lambda: compile_graph(Graph((first, island, flat, logits)), tmp_path))
     assert "attention computes softmax in float32" in text
 
 

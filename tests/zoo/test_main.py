@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import refusal
 from utils.trainer import Interrupted
 from zoo import __main__ as command
 from zoo import manifest, store
@@ -26,13 +27,7 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one sentence of a command that fails."""
-    capsys.readouterr()
-    assert command.main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    return captured.err
+    return refusal(command.main, argv, capsys)
 
 
 MISTAKES = {

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 import bit_config
 import quant_train
+from tests.helpers import refusal, write_cifar
 from utils.checkpoint import load_checkpoint
 from utils.data_utils import make_loader, open_dataset
 from utils.digits_net import DIGITS_PREPROCESS
@@ -376,17 +376,8 @@ def test_digits_accuracy_is_the_recorded_one(
 @pytest.fixture(scope="module")
 def cifar_val(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """All 10,000 validation images of CIFAR-10 as JPEG files."""
-    archive = shared / "data" / "cifar10_val.npz"
-    if not archive.exists():
-        pytest.skip(f"the images {archive.name} are absent")
     folder = tmp_path_factory.mktemp("cifar")
-    with np.load(archive) as content:
-        jpeg, offsets, labels = content["jpeg"], content["offsets"], content["labels"]
-        names = [str(name) for name in content["classes"]]
-    for name in names:
-        (folder / "val" / name).mkdir(parents=True)
-    for i, label in enumerate(labels):
-        (folder / "val" / names[label] / f"{i}.jpg").write_bytes(jpeg[offsets[i] : offsets[i + 1]].tobytes())
+    write_cifar(shared, folder)
     yield folder
     shutil.rmtree(folder)
 
@@ -414,10 +405,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> str:
-        assert quant_train.main(list(words)) == quant_train.EXIT_USER_ERROR
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
+        error = refusal(quant_train.main, words, capsys)
         assert list(tmp_path.iterdir()) == []
         return error
 

@@ -34,7 +34,7 @@ def calibrate(
         quantizer.observer = observer_for(quantizer, method, percentile, power)
     images = 0
     try:
-        for batch in batches:
+        for batch in filter(len, batches):  # an empty one says nothing
             model(batch)
             images += batch.shape[0]
         if images == 0:

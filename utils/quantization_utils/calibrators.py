@@ -100,7 +100,28 @@ class _Method:
     scales: bool
 
 
-class Searched:
+class HistogramObserver:
+    """Extremes and histogram of all batches together; a subclass finds the range (``result``).
+
+    signed: whether values below zero are counted as they are, instead of as zero.
+    """
+
+    def __init__(self, two_sided: bool, signed: bool) -> None:
+        self.signed = signed
+        self.histogram = Histogram(two_sided)
+        self.low = self.high = 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Count a batch."""
+        low, high = (float(v) for v in batch_range(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.low = self.high = math.nan  # stays: the range of such a tensor is refused
+            return
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.histogram.add(x if self.signed else x.clamp_min(0), max(-low, high) if self.signed else high)
+
+
+class Searched(HistogramObserver):
     """The range that a search finds on the histogram of all batches together.
 
     MQBench searches each batch and takes the extremes of the ranges found; one histogram of all batches does not let a
@@ -108,18 +129,8 @@ class Searched:
     """
 
     def __init__(self, method: _Method, bits: int, signed: bool) -> None:
-        self.method, self.signed = method, signed
-        self.bounds = int_range(bits, signed)
-        self.histogram = Histogram(method.two_sided and signed)
-        self.low = self.high = 0.0
-
-    def update(self, x: Tensor) -> None:
-        low, high = (float(v) for v in batch_range(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            self.low = self.high = math.nan  # stays: the range of such a tensor is refused
-            return
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self.histogram.add(x if self.signed else x.clamp_min(0), max(-low, high) if self.signed else high)
+        super().__init__(method.two_sided and signed, signed)
+        self.method, self.bounds = method, int_range(bits, signed)
 
     def result(self) -> Range:
         limit = max(-self.low, self.high) if self.signed else self.high
@@ -131,11 +142,15 @@ class Searched:
         return torch.tensor(max(self.low, -reach)), torch.tensor(min(self.high, reach))
 
 
-def _range_of(x: Tensor, method: _Method, bits: int, signed: bool) -> Range:
-    """The searched range of one batch."""
-    observer = Searched(method, bits, signed)
-    observer.update(x)
-    return observer.result()
+def ema_of(make: Callable[[], Observer]) -> Ema:
+    """The moving average of the ranges that such an observer finds on each batch alone."""
+
+    def range_of(x: Tensor) -> Range:
+        observer = make()
+        observer.update(x)
+        return observer.result()
+
+    return Ema(range_of)
 
 
 METHODS = ("minmax", "ema", "ema_minmax", "ema_quantile", "mse", "ema_mse", "percentile", "kl")
@@ -151,14 +166,15 @@ def make_observer(method: str, bits: int, signed: bool, percentile: float = 99.9
         return MinMax()
     if method == "percentile":
         return Ema(partial(batch_range, percentile=percentile))
-    mse = _Method(partial(search_mse, power=power), two_sided=True, scales=True)
-    quantile = _Method(search_quantile, two_sided=False, scales=False)
+    mse = partial(Searched, _Method(partial(search_mse, power=power), two_sided=True, scales=True), bits, signed)
+    kl = partial(Searched, _Method(search_kl, two_sided=False, scales=False), bits, signed)
+    quantile = partial(Searched, _Method(search_quantile, two_sided=False, scales=False), bits, signed)
     made: dict[str, Callable[[], Observer]] = {
         "ema": Ema,
         "ema_minmax": Ema,
-        "ema_quantile": lambda: Ema(partial(_range_of, method=quantile, bits=bits, signed=signed)),
-        "mse": lambda: Searched(mse, bits, signed),
-        "ema_mse": lambda: Ema(partial(_range_of, method=mse, bits=bits, signed=signed)),
-        "kl": lambda: Searched(_Method(search_kl, two_sided=False, scales=False), bits, signed),
+        "ema_quantile": partial(ema_of, quantile),
+        "mse": mse,
+        "ema_mse": partial(ema_of, mse),
+        "kl": kl,
     }
     return made[method]()

@@ -8,7 +8,6 @@ therefore zero padding of the real values pads with the zero point.
 Source: MQBench (its fake quantizers and observers); the bias stays float.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.quantization_utils.calibrators import MSE_METHODS, Histogram, make_observer
+from utils.quantization_utils.calibrators import MSE_METHODS, HistogramObserver, ema_of, make_observer
 from utils.quantization_utils.fold_bn import affine_of, fold
-from utils.quantization_utils.observers import Ema, Observer, Range, batch_range
+from utils.quantization_utils.observers import Observer, Range
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
 from utils.quantization_utils.quant_primitives import MIN_WEIGHT_SCALE, int_range, per_channel
 from utils.quantization_utils.range_search import CHANNEL_CANDIDATES, TENSOR_CANDIDATES, best_factor
@@ -141,21 +140,12 @@ def least_error_factor(
     return best_factor(values, steps, candidates, power, counts)
 
 
-class CodedSearch:
+class CodedSearch(HistogramObserver):
     """The range with the least error in codes; a histogram of all batches stands for the values."""
 
     def __init__(self, code: Code, power: float) -> None:
+        super().__init__(two_sided=True, signed=True)
         self.code, self.power = code, power
-        self.histogram = Histogram(two_sided=True)
-        self.low = self.high = 0.0
-
-    def update(self, x: Tensor) -> None:
-        low, high = (float(v) for v in batch_range(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            self.low = self.high = math.nan  # stays: the range of such a tensor is refused
-            return
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self.histogram.add(x, max(-low, high))
 
     def result(self) -> Range:
         low, high = (torch.tensor([v], dtype=torch.float64) for v in (self.low, self.high))
@@ -166,17 +156,9 @@ class CodedSearch:
         return (low[0] * factor).float(), (high[0] * factor).float()
 
 
-def _range_of(x: Tensor, code: Code, power: float) -> Range:
-    """The range with the least error on one batch."""
-    search = CodedSearch(code, power)
-    search.update(x)
-    return search.result()
-
-
 def observer_for(quantizer: Quantizer, method: str, percentile: float, power: float) -> Observer:
     """The observer of a method of ``calibrators.METHODS``; searches for least error are made in the tensor's codes."""
     if isinstance(quantizer, CodedQuantizer) and method in MSE_METHODS:
-        if method == "mse":
-            return CodedSearch(quantizer.code, power)
-        return Ema(partial(_range_of, code=quantizer.code, power=power))
+        search = partial(CodedSearch, quantizer.code, power)
+        return search() if method == "mse" else ema_of(search)
     return make_observer(method, quantizer.bits, quantizer.signed, percentile, power)

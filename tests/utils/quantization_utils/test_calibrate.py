@@ -31,9 +31,15 @@ def test_ranges_are_those_of_the_float_network(method):
     assert float(model.quantizers["_0_q4"].x_min) == 0
 
 
-def test_no_images():
+@pytest.mark.parametrize("batches", [[], [torch.empty(0, 3, 8, 8)]])
+def test_no_images(batches):
     with pytest.raises(UserError, match="calibration got 0 images; give at least one"):
-        calibrate(small_model(), [])
+        calibrate(small_model(), batches)
+
+
+def test_an_empty_batch_says_nothing():
+    batch = torch.randn(2, 3, 8, 8)
+    assert calibrate(small_model(), [batch, batch[:0]]) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

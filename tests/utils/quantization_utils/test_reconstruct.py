@@ -1,6 +1,5 @@
 """Reconstruction as a whole: it lowers every unit's error, writes back exactly, and repeats itself."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import stop_after
 from utils.api import calibrate, quantize
 from utils.errors import UserError
 from utils.quantization_utils.prepare import QuantizedModel
@@ -149,17 +149,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, tmp_path:
     )
     numbers = [[replace(result, seconds=0) for result in found] for found in (results, expected)]
     assert numbers[0] == numbers[1]
-
-
-def stop_after(count: int) -> Callable[[LayerResult], None]:
-    seen: list[LayerResult] = []
-
-    def stop(result: LayerResult) -> None:
-        seen.append(result)
-        if len(seen) == count:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def test_a_finished_state_repeats_the_result_without_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
