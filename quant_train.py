@@ -20,7 +20,7 @@ import bit_config
 from utils.calibration_run import calibrate_run, unseen_accuracy
 from utils.checkpoint import checked_checkpoint
 from utils.doctor.command import explain
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError, command_line
 from utils.evaluation import agreement
 from utils.experiment import Experiment, scheme_of
 from utils.graph_evaluation import engine_maker, evaluate_graph_file, is_graph_file
@@ -39,10 +39,9 @@ from utils.run_state import GRAPH, FloatPhase, Run
 from utils.search_run import search
 from utils.torch_file import read_torch_file
 from utils.train_flags import FLOAT, TORCH, build_parser, check, check_outputs, fill_in
-from utils.trainer import Interrupted, Recipe, Trainer
+from utils.trainer import Recipe, Trainer
 from zoo.flag import zoo_entry
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 SIMULATION = "simulation"
 SCHEME, ARGUMENTS, LOG = "scheme.yaml", "arguments.json", "log.log"
 CHECKPOINT_KEYS = {"arch", "scheme", "bits", "residual_bits", "num_classes", "preprocess", "state_dict", "quantizers"}
@@ -374,22 +373,16 @@ def _report(job: Run, started: float) -> dict[str, Any]:
     }
 
 
+@command_line("stopped; nothing was saved")
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one sentence for a user's mistake; 130 when interrupted, with how to continue."""
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", Path(__file__).name, *words])
     with logging_to_console():
-        try:
-            args = build_parser().parse_args(words)
-            with zoo_entry(args):
-                check(args)
-                run(args, command)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        except (Interrupted, KeyboardInterrupt) as error:
-            print(f"\n{str(error) or 'stopped; nothing was saved'}", file=sys.stderr)
-            return EXIT_INTERRUPTED
+        args = build_parser().parse_args(words)
+        with zoo_entry(args):
+            check(args)
+            run(args, command)
     return 0
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import command_line
 from utils.provenance import write_csv
 from utils.quantization_utils.bit_width_problem import Budget, Problem
 from utils.quantization_utils.bit_width_search import pareto, solve
@@ -74,6 +74,7 @@ def measure(path: Path, points: int, repeats: int) -> list[dict[str, str]]:
     return rows
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, required=True, help="JSON file of the original's search tables")
@@ -81,12 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/bench/bit_width_search.csv"))
     args = parser.parse_args(argv)
-    try:
-        rows = measure(args.tables, args.points, args.repeats)
-        write_csv(args.output, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = measure(args.tables, args.points, args.repeats)
+    write_csv(args.output, rows)
     print(plain_table(rows))
     return 0
 

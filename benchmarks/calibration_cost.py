@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.data_utils import normalize
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.experiment import Experiment
 from utils.models import create_model
 from utils.preprocess import Preprocess
@@ -85,6 +85,7 @@ def measure(arch: str, methods: Sequence[str], images: int, batch: int, rounds: 
     ]
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,15 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/calibration_cost.csv"), metavar="FILE")
     args = parser.parse_args(argv)
-    try:
-        for name in ("images", "batch", "rounds"):
-            if vars(args)[name] < 1:
-                raise UserError(f"--{name} is {vars(args)[name]}, give at least 1")
-        rows = measure(args.arch, args.methods, args.images, args.batch, args.rounds)
-        write_csv(args.output, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("images", "batch", "rounds"):
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name} is {vars(args)[name]}, give at least 1")
+    rows = measure(args.arch, args.methods, args.images, args.batch, args.rounds)
+    write_csv(args.output, rows)
     for row in rows:
         print(row)
     return 0

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from utils.atomic_file import write_text
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.provenance import read_csv
 from utils.tables import markdown_table
 
@@ -53,24 +53,21 @@ def _block(match: re.Match[str], root: Path) -> str:
     return f"{match['begin']}\n\n{table}\n\n{match['end']}"
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 where --check finds a page out of date; 2 for files that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is out of date")
     args = parser.parse_args(argv)
     status = 0
-    try:
-        for page in PAGES:
-            old = (ROOT / page).read_text(encoding="utf-8")
-            new = render(old, ROOT)
-            if not args.check:
-                write_text(ROOT / page, new)
-            elif new != old:
-                print(f"{page} is out of date: run python -m benchmarks.readme_tables")
-                status = 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = render(old, ROOT)
+        if not args.check:
+            write_text(ROOT / page, new)
+        elif new != old:
+            print(f"{page} is out of date: run python -m benchmarks.readme_tables")
+            status = 1
     return status
 
 

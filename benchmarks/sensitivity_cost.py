@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from utils.data_utils import make_loader, normalize, open_dataset, subset
-from utils.errors import UserError
+from utils.errors import command_line
 from utils.experiment import Experiment
 from utils.float_weights import load_float_weights
 from utils.models import create_model
@@ -84,6 +84,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, object]]:
     return table
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,12 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/bench/sensitivity_cost.csv"))
     args = parser.parse_args(arguments)
-    try:
-        table = rows(args)
-        write_csv(args.output, table)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    table = rows(args)
+    write_csv(args.output, table)
     worst = max(float(str(row["relative_error"])) for row in table[: Settings().largest])
     print(f"largest relative error of the ten largest layers: {100 * worst:.1f} %; written to {args.output}")
     return 0

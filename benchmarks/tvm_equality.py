@@ -32,7 +32,7 @@ from tvm_benchmark.compile import compile_graph, require_tools
 from tvm_benchmark.equality import difference
 from tvm_benchmark.isa import choose, runs_here
 from utils.data_utils import normalize
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.experiment import Experiment
 from utils.integer_graph import interpreter
 from utils.integer_graph.ir import Graph
@@ -179,6 +179,7 @@ def cases_of(archs: Sequence[str], schemes: Sequence[str] | None, targets: Seque
     ]
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 1 where an integer differs, 2 for a request that cannot be met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,15 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault(runtime.POOL_SIZE, str(max(THREADS)))
     rows: list[dict[str, object]] = []
-    try:
-        require_tools()
-        for row in rows_of(cases_of(args.archs, args.schemes, args.targets), args.weights):
-            rows.append(row)
-            tqdm.write(str(row))
-            write_csv(args.output, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require_tools()
+    for row in rows_of(cases_of(args.archs, args.schemes, args.targets), args.weights):
+        rows.append(row)
+        tqdm.write(str(row))
+        write_csv(args.output, rows)
     return int(any(row["different"] for row in rows))
 
 

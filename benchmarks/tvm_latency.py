@@ -36,7 +36,7 @@ from tvm_benchmark.equality import Equality, compare, whole_batches
 from tvm_benchmark.peers import OPENVINO_INT8, PEERS, UINT8_INPUT, Engine, Missing, Workload, build_peers
 from tvm_benchmark.subject import Subject, cost, load_subject
 from tvm_benchmark.timing import interleaved
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.provenance import provenance, read_csv, write_csv
 
 ARCHS = ("resnet18", "resnet50", "mobilenetv2_w1", "inceptionv3")
@@ -219,6 +219,7 @@ def _place(row: Row) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -244,9 +245,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotEqual as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -20,7 +20,7 @@ import torch
 from tvm_benchmark.compile import compile_graph
 from tvm_benchmark.peers import Workload, openvino_int8_model, openvino_model
 from tvm_benchmark.subject import Subject, load_subject
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.provenance import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +90,7 @@ def _write(subject: Subject, folder: Path) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for what cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,15 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/bench/tvm_memory.csv"), metavar="FILE")
     args = parser.parse_args(argv)
     rows = []
-    try:
-        for arch in args.archs:
-            for row in measure(arch):
-                rows.append(row)
-                print(row, flush=True)
-        write_csv(args.output, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for arch in args.archs:
+        for row in measure(arch):
+            rows.append(row)
+            print(row, flush=True)
+    write_csv(args.output, rows)
     return 0
 
 

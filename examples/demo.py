@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import quant_train
 from utils.atomic_file import write_atomically
 from utils.checkpoint import load_checkpoint
-from utils.errors import UserError
+from utils.errors import command_line
 from utils.plots import SchemePoint, plot_schemes
 from utils.provenance import provenance, write_csv
 from utils.run_report import write_json
@@ -166,6 +166,7 @@ def run(folder: Path, float_epochs: int, qat_epochs: int) -> None:
     print(f"Table, picture and reports are in {folder} ({time.perf_counter() - started:.0f} s).")
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or that of the run that failed."""
     parser = argparse.ArgumentParser(
@@ -179,9 +180,6 @@ def main(argv: list[str] | None = None) -> int:
         run(args.save_path, args.float_epochs, args.epochs)
     except RunFailed as error:
         return error.code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return quant_train.EXIT_USER_ERROR
     return 0
 
 

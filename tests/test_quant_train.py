@@ -24,6 +24,7 @@ import quant_train
 from tests.helpers import refusal
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.digits_net import DigitsNet
+from utils.errors import EXIT_INTERRUPTED
 from utils.integer_graph.ir import Graph
 from utils.integer_graph.serialize import graph_hash, load
 from utils.run_report import EXTRA_KEYS, REPORT_KEYS
@@ -523,7 +524,7 @@ def test_resume_is_bit_for_bit(name: str, tmp_path: Path, weights: list[str], mo
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         interrupted = quant_train.main([*weights[:2], *flags, "--save-path", str(tmp_path / "parts")])
-    assert interrupted == quant_train.EXIT_INTERRUPTED
+    assert interrupted == EXIT_INTERRUPTED
     path = tmp_path / "parts" / "checkpoint.pth.tar"
     half = load_checkpoint(path)["trainer"]
     assert (half["step"], half["epoch"], half["batch"]) == (2, 0, 2)
@@ -540,7 +541,7 @@ def test_resume_with_augmented_images(tmp_path: Path, tree: Path, monkeypatch: A
     assert quant_train.main([*flags, "--save-path", str(tmp_path / "straight")]) == 0
     with monkeypatch.context() as patch:
         stop_after(3, patch)  # the last batch of the epoch
-        assert quant_train.main([*flags, "--save-path", str(tmp_path / "parts")]) == quant_train.EXIT_INTERRUPTED
+        assert quant_train.main([*flags, "--save-path", str(tmp_path / "parts")]) == EXIT_INTERRUPTED
     path = tmp_path / "parts" / "checkpoint.pth.tar"
     assert load_checkpoint(path)["trainer"]["epoch"] == 1
     assert quant_train.main([*flags, "--resume", str(path)]) == 0
@@ -599,7 +600,7 @@ def test_interrupt_tells_the_command_that_continues(
     argv = ["--weights", str(trained / "checkpoint.pth.tar"), *SMALL, "--save-path", str(folder), "--no-channel-wise"]
     with monkeypatch.context() as patch:
         stop_after(2, patch, signal.SIGINT)
-        assert quant_train.main([*argv, "--epochs", "1", "--mean", "0.25"]) == quant_train.EXIT_INTERRUPTED
+        assert quant_train.main([*argv, "--epochs", "1", "--mean", "0.25"]) == EXIT_INTERRUPTED
     error = capsys.readouterr().err
     assert "stopped during the training, saved; to continue: python " in error
     words = shlex.split(error.strip().split("to continue: python ")[1])
@@ -626,7 +627,7 @@ def test_interrupt_elsewhere(
 
     monkeypatch.setattr(function, interrupt)
     argv = [*weights, "--epochs", "0", "--save-path", str(tmp_path)]
-    assert quant_train.main(argv) == quant_train.EXIT_INTERRUPTED
+    assert quant_train.main(argv) == EXIT_INTERRUPTED
     error = capsys.readouterr().err.strip()
     saved = "saved; to continue: python" if function.endswith("_report") else "nothing was saved"
     assert f"stopped during the {phase}" in error
@@ -647,7 +648,7 @@ def test_interrupt_during_validation_ends_it_at_once(tmp_path: Path, weights: li
     flags = [*SMALL, "--quant-scheme", "uniform4", "--epochs", "1", "--save-path", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "validate", slow)
-        assert quant_train.main([*flags, *weights[:2]]) == quant_train.EXIT_INTERRUPTED
+        assert quant_train.main([*flags, *weights[:2]]) == EXIT_INTERRUPTED
     saved = load_checkpoint(tmp_path / "checkpoint.pth.tar")
     assert (saved["trainer"]["epoch"], saved["trainer"]["step"]) == (1, STEPS_PER_EPOCH)
     report = tmp_path / "r.json"
@@ -670,7 +671,7 @@ def test_control_c_in_another_process(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         error = process.stderr.read()
-    assert process.returncode == quant_train.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     assert error.strip().startswith("stopped during the training, saved; to continue: python ")
     assert error.strip().count("\n") == 0
     assert load_checkpoint(folder / "checkpoint.pth.tar")["trainer"]["step"] > 0

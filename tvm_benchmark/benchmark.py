@@ -22,7 +22,7 @@ from tvm_benchmark.peers import OPENVINO_INT8, UINT8_INPUT, Engine, Missing, Wor
 from tvm_benchmark.subject import Subject, cost, load_subject
 from tvm_benchmark.timing import Times, interleaved
 from utils.atomic_file import write_atomically
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.provenance import provenance, write_csv
 
 EPILOG = """\
@@ -246,24 +246,21 @@ def _refuse_flags_without_use(args: argparse.Namespace) -> None:
         raise UserError(f"--layer-latency has no use for {flags}; give -a, and --threads, --target or --output")
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.layer_latency:
-            _refuse_flags_without_use(args)
-            return layer_latency.run(args.arch, args.threads, args.target, args.output)
-        result = run(args)
-        if args.report:
-            write_json(args.report, result)
-        if not result["equal"]:
-            return 1
-        print(report.as_text(result))
-        write_csv(args.output or _default_output(result), result["rows"])
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.layer_latency:
+        _refuse_flags_without_use(args)
+        return layer_latency.run(args.arch, args.threads, args.target, args.output)
+    result = run(args)
+    if args.report:
+        write_json(args.report, result)
+    if not result["equal"]:
+        return 1
+    print(report.as_text(result))
+    write_csv(args.output or _default_output(result), result["rows"])
+    return 0
 
 
 def write_json(path: Path, value: object) -> None:

@@ -25,7 +25,7 @@ from tvm_benchmark.lowering import Emit, Lowered, build, lower
 from tvm_benchmark.plan import Plan, Step, make_plan
 from tvm_benchmark.source import Source
 from tvm_benchmark.tune import Tuner
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.integer_graph.interpreter import INPUT_DTYPES
 from utils.integer_graph.ir import Graph
 from utils.integer_graph.serialize import graph_hash, load
@@ -242,26 +242,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
     start = time.perf_counter()
-    try:
-        graph = load(args.graph)
-        print(_target_line(args.target))
-        say: Say = lambda line: print(line, flush=True)  # noqa: E731
-        compile_graph(
-            graph,
-            args.output,
-            batch=args.batch_size,
-            target=args.target,
-            tune=args.tune,
-            threads=args.threads,
-            say=say,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    graph = load(args.graph)
+    print(_target_line(args.target))
+    say: Say = lambda line: print(line, flush=True)  # noqa: E731
+    compile_graph(
+        graph,
+        args.output,
+        batch=args.batch_size,
+        target=args.target,
+        tune=args.tune,
+        threads=args.threads,
+        say=say,
+    )
     size = (args.output / LIBRARY).stat().st_size
     print(f"wrote {args.output / LIBRARY} ({_mib(size)}) and {DESCRIPTION}, {time.perf_counter() - start:.1f} s in all")
     return 0

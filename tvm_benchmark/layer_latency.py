@@ -21,7 +21,7 @@ from tvm_benchmark.artifact import CompiledModel
 from tvm_benchmark.compile import compile_graph
 from tvm_benchmark.equality import compare
 from tvm_benchmark.subject import Subject, layer_bits, layer_macs, load_subject
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.layer_latency import MEASURED, latency_path, write_layer_latency
 
 EPILOG = """\
@@ -112,6 +112,7 @@ def run(arch: str | None, threads: int, target: str, output: Path | None) -> int
     return 0
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -125,11 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", default="auto", metavar="NAME", help="kind of CPU (default: this one's best)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: runs/latency/ARCH_CPU.csv")
     args = parser.parse_args(argv)
-    try:
-        return run(args.arch, args.threads, args.target, args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(args.arch, args.threads, args.target, args.output)
 
 
 if __name__ == "__main__":

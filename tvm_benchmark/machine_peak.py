@@ -19,7 +19,7 @@ import numpy as np
 
 from tvm_benchmark.isa import TARGETS, runs_here
 from tvm_benchmark.runtime import require_compiler
-from utils.errors import UserError
+from utils.errors import command_line
 
 TURNS = 1 << 14  # of a kernel's loop
 REPEATS = 50
@@ -184,6 +184,7 @@ def machine_peaks(threads: int = 1) -> dict[str, float]:
     return {m.target: measure(m, threads) for m in METHODS if runs_here(TARGETS[m.target])}
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the peaks; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -193,13 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="threads at once (default 1)")
     args = parser.parse_args(argv)
-    try:
-        for threads in args.threads:
-            for name, gops in machine_peaks(threads).items():
-                print(f"{name:<12} {threads} thread{'s' if threads > 1 else ''}  {gops:10.1f} GOP/s")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for threads in args.threads:
+        for name, gops in machine_peaks(threads).items():
+            print(f"{name:<12} {threads} thread{'s' if threads > 1 else ''}  {gops:10.1f} GOP/s")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.atomic_file import write_text
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.plots import LatencyBar, plot_latency
 from utils.tables import Rows, markdown_table, plain_table
 
@@ -150,6 +150,7 @@ def _bars(report: Report) -> list[LatencyBar]:
     ]
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -161,18 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables here")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write bars of the latencies here")
     args = parser.parse_args(argv)
-    try:
-        reports = [read_report(path) for path in args.report]
-        text = as_markdown(reports)
-        if args.markdown:
-            write_text(args.markdown, text)
-        else:
-            print(text, end="")
-        if args.picture:
-            write_picture(args.picture, reports)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    reports = [read_report(path) for path in args.report]
+    text = as_markdown(reports)
+    if args.markdown:
+        write_text(args.markdown, text)
+    else:
+        print(text, end="")
+    if args.picture:
+        write_picture(args.picture, reports)
     return 0
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from bit_config import Rule, save_scheme
 from utils.data_utils import Loader, normalize
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.experiment import Experiment
 from utils.layer_latency import latency_path
 from utils.plots import Front, plot_fronts
@@ -32,7 +32,6 @@ from utils.run_data import DataFlags, inputs, load_data
 from utils.run_log import log, log_to
 from utils.search_flags import parse_budgets, parse_fixes, parse_widths
 from utils.search_report import Search, format_search, front_rows, layer_table
-from utils.trainer import Interrupted
 
 SENSITIVITY, STATE = "sensitivity.json", "sensitivity_state.pth.tar"
 SCHEME, LAYERS, FRONT, PICTURE, LOG = "searched.yaml", "search.csv", "pareto.csv", "pareto.png", "log.log"

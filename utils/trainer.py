@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils.checkpoint import rng_state, set_rng_state
 from utils.data_utils import Loader, normalize
 from utils.distillation import distillation_loss, teacher_logits
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.metrics import AverageMeter, topk_correct
 from utils.preprocess import Preprocess
 from utils.quantization_utils.prepare import QuantizedModel
@@ -24,10 +24,6 @@ from utils.run_log import log
 
 STEP_EPOCHS = 30
 STEP_FACTOR = 0.1
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; what could be saved is saved."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.provenance import write_csv
-from utils.trainer import Interrupted
 from zoo import listing, manifest, store, table, train
 from zoo.manifest import Own, Published
 from zoo.verify import verify
 
-EXIT_DIFFERS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIFFERS = 1
 EPILOG = """\
 Published entries are checkpoints of the original HAWQ on Google Drive; their figures are as published, not measured
 here.  Own entries are in this repository; their figures were measured, on the machine and commit that list names.
@@ -143,19 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command_line("stopped; the same command goes on from there")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        args = _parser().parse_args(argv)
-        return int(args.function(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(f"\n{str(stop) or 'stopped; the same command goes on from there'}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    args = _parser().parse_args(argv)
+    return int(args.function(args))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ A run that was interrupted goes on where it stopped when the command is given ag
 import argparse
 from pathlib import Path
 
-from quant_train import EXIT_INTERRUPTED
-from utils.errors import UserError
+from utils.errors import EXIT_INTERRUPTED, UserError
 from utils.tables import plain_table
 from zoo.recipes import FULL, SHORT, Recipe, find, load, profile_text
 from zoo.record import record

@@ -19,6 +19,7 @@ from utils import calibration_run
 from utils.calibration_run import ROUNDING_STATE, SETTINGS, SQNR_PLOT, CalibrationImages
 from utils.data_utils import make_loader, normalize, open_dataset, subset
 from utils.digits_net import DIGITS_PREPROCESS
+from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from utils.integer_graph.serialize import graph_hash, load
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import create_model
@@ -159,7 +160,7 @@ def test_a_stopped_rounding_goes_on(
     units = len(report_of(tmp_path / "whole")["rounding"])
     capsys.readouterr()
     monkeypatch.setattr(calibration_run, "reconstruct", partial(reconstruct, progress=stop_after(2)))
-    assert start(recipe, tmp_path / "halved") == quant_train.EXIT_INTERRUPTED
+    assert start(recipe, tmp_path / "halved") == EXIT_INTERRUPTED
     state, said = tmp_path / "halved" / ROUNDING_STATE, capsys.readouterr().err
     part = "blocks" if "block" in recipe else "layers"
     sentence = f"stopped during the learned rounding; finished {part} are in {state}, the same command goes on"
@@ -190,9 +191,9 @@ def noted(calls: list[str], name: str) -> Callable[..., Any]:
 
 def test_state_of_another_run_is_refused(start: Callable[..., int], tmp_path: Path, capsys: Any, monkeypatch) -> None:
     monkeypatch.setattr(calibration_run, "reconstruct", partial(reconstruct, progress=stop_after(1)))
-    assert start("mse+adaround", tmp_path) == quant_train.EXIT_INTERRUPTED
+    assert start("mse+adaround", tmp_path) == EXIT_INTERRUPTED
     capsys.readouterr()
-    assert start("mse+adaround", tmp_path, "--seed", "3") == quant_train.EXIT_USER_ERROR
+    assert start("mse+adaround", tmp_path, "--seed", "3") == EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / ROUNDING_STATE} was left by a reconstruction with seed 0, this one")
     assert error.count("\n") == 1

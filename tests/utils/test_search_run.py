@@ -12,6 +12,7 @@ from PIL import Image
 import quant_train
 from bit_config import load_scheme
 from tests.helpers import refusal
+from utils.errors import EXIT_INTERRUPTED
 from utils.layer_latency import write_layer_latency
 from utils.provenance import read_csv
 from utils.quantization_utils.sensitivity import Sensitivities
@@ -97,7 +98,7 @@ def test_an_interrupted_measurement_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("utils.search_run.measure", stop)
-    assert run("--search bits=5 --search-images 8 --save-path {0}", tmp_path) == quant_train.EXIT_INTERRUPTED
+    assert run("--search bits=5 --search-images 8 --save-path {0}", tmp_path) == EXIT_INTERRUPTED
     error = capsys.readouterr().err
     assert f"stopped during the measurement; what was measured is in {tmp_path}" in error
     assert not (tmp_path / "searched.yaml").exists()

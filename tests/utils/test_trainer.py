@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from bit_config import load_scheme
 from utils.digits_net import DIGITS_PREPROCESS, DigitsNet
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.experiment import quantize_module
 from utils.preprocess import Preprocess
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.training import configure, learned_scales, parameter_groups, reestimate_bn
-from utils.trainer import Interrupted, Recipe, Trainer, learning_rate, validation_batches
+from utils.trainer import Recipe, Trainer, learning_rate, validation_batches
 
 PREPROCESS = Preprocess(mean=(0.5,), std=(0.5,), resize=None, input_size=8, channels=1)
 

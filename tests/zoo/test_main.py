@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import refusal
-from utils.trainer import Interrupted
+from utils.errors import Interrupted
 from zoo import __main__ as command
 from zoo import manifest, store
 from zoo.manifest import Published

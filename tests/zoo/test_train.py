@@ -20,7 +20,7 @@ from tests.helpers import refusal, write_cifar
 from utils.checkpoint import load_checkpoint
 from utils.data_utils import make_loader, open_dataset
 from utils.digits_net import DIGITS_PREPROCESS
-from utils.errors import UserError
+from utils.errors import EXIT_INTERRUPTED, UserError
 from utils.evaluation import evaluate
 from utils.experiment import Cost, Experiment
 from utils.integer_graph.serialize import load as load_graph
@@ -205,7 +205,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(tiny: Runs, monkeypatch: py
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Run, "save", save_and_interrupt)
-    assert train.run(command(tiny, "tiny_float")) == quant_train.EXIT_INTERRUPTED
+    assert train.run(command(tiny, "tiny_float")) == EXIT_INTERRUPTED
     assert load_checkpoint(folder / "checkpoint.pth.tar")["trainer"]["epoch"] == 1
     assert tiny.report(recipes.find("tiny_float")) is None
     monkeypatch.setattr(Run, "save", save)

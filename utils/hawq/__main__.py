@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.flag_kinds import percentile
 from utils.graph_evaluation import SUFFIX
 from utils.hawq.arithmetic import Options
@@ -18,6 +18,7 @@ from utils.hawq.graph import integer_graph
 from utils.integer_graph.serialize import save
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -30,11 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weight-percentile", type=percentile, default=0.0, metavar="P", help="as in its training")
     parser.add_argument("--no-channel-wise", action="store_true", help="one weight scale per layer, as in its training")
     args = parser.parse_args(argv)
-    try:
-        print(_convert(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(_convert(args))
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import command_line
 from utils.integer_graph.diff import first_difference, first_value_difference, random_images, read_images
 from utils.integer_graph.info import describe
 from utils.integer_graph.predict import predict
@@ -86,16 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        return int(args.function(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
+    return int(args.function(args))
 
 
 if __name__ == "__main__":

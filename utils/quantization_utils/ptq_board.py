@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import bit_config
 from utils.atomic_file import write_text
-from utils.errors import UserError
+from utils.errors import UserError, command_line
 from utils.flag_kinds import ANY, COUNT, COUNT0, REALS, Kind
 from utils.provenance import read_csv, write_csv
 from utils.quantization_utils.backends import BACKENDS
@@ -37,7 +37,6 @@ example:
   python -m utils.quantization_utils.ptq_board --data IMAGENET --archs resnet18 --weights-dir W --output board.csv
 
 exit status: 0 done, 2 the input cannot be used, 130 interrupted"""
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 DEFAULT_BACKENDS = ("academic", "tensorrt", "hawq")
 NONE = "-"
 
@@ -212,16 +211,10 @@ def _number(parser: argparse.ArgumentParser, flag: str, kind: Kind, default: int
     parser.add_argument(flag, type=kind.parse, metavar=kind.metavar, default=default, help=shown)
 
 
+@command_line("stopped; finished rows are kept, the same command goes on")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        run(build_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nstopped; finished rows are kept, the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    run(build_parser().parse_args(argv))
     return 0
 
 
