@@ -17,7 +17,7 @@ import utils.quantization_utils.reconstruct as reconstruction
 from tests.helpers import refusal, stop_after
 from utils import calibration_run
 from utils.calibration_run import ROUNDING_STATE, SETTINGS, SQNR_PLOT, CalibrationImages
-from utils.data_utils import make_loader, normalize, open_dataset, subset
+from utils.data_utils import augmented, make_loader, normalize, open_dataset, subset
 from utils.digits_net import DIGITS_PREPROCESS
 from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from utils.integer_graph.serialize import graph_hash, load
@@ -92,7 +92,9 @@ def test_a_recipe(recipe: str, start: Callable[..., int], tmp_path: Path, capsys
     assert files == {"report.json", "log.log", SQNR_PLOT, GRAPH, CHECKPOINT, "scheme.yaml", "arguments.json"}
     assert (tmp_path / SQNR_PLOT).read_bytes().startswith(b"\x89PNG")
     lowest = min(found["sqnr_db"], key=found["sqnr_db"].get)
-    assert re.search(rf"worst:\n +{found['sqnr_db'][lowest]:.1f} dB  {re.escape(lowest)}\n", printed)
+    first = re.search(rf"worst:\n +(\S+) dB  {re.escape(lowest)}\n", printed)
+    assert first
+    assert float(first[1]) == pytest.approx(found["sqnr_db"][lowest], abs=0.06)
 
 
 @pytest.mark.parametrize(("recipe", "units"), [("mse+adaround", LAYERS), ("minmax/mse+block+bias", None)])
@@ -229,6 +231,7 @@ def test_the_published_setting_is_the_published_one(
         (("--ptq", "gptq"), "--ptq 'gptq' does not know the part 'gptq'"),
         (("--ptq", "mse+adaround+block"), "--ptq 'mse+adaround+block' has both adaround and block"),
         (("--ptq", "mse", "--ptq-setting", "slow"), "invalid choice: 'slow'"),
+        (("--ptq", "mse+bias", "--ptq-views", "2"), "--ptq-views is for adaround and block"),
         (("--ptq", "mse", "--calib-images", "0"), "--calib-images"),
         (("--ptq", "mse", "--mse-power", "0"), "--mse-power"),
     ],
@@ -305,3 +308,29 @@ def test_calibration_images_are_the_same_in_every_pass() -> None:
         given = list(images.first(count))
         assert [len(batch) for batch in given] == sizes
         assert torch.equal(torch.cat(given), torch.cat(first)[:count])
+
+
+def test_views_stand_behind_their_image() -> None:
+    data = subset(open_dataset("digits", "train", DIGITS_PREPROCESS), count=10, seed=0)
+    images = CalibrationImages(make_loader(data, 4, train=False, workers=0), DIGITS_PREPROCESS, torch.device("cpu"))
+    plain, seen = torch.cat(list(images)), torch.cat(list(images.with_views(2)))
+    assert len(seen) == 30
+    assert torch.equal(seen[::3], plain)
+    for number in range(2):
+        views = torch.cat([normalize(batch, DIGITS_PREPROCESS) for batch, _ in augmented(images.loader, number)])
+        assert torch.equal(seen[1 + number :: 3], views)
+        assert not torch.equal(views, plain)
+    assert torch.equal(torch.cat(list(images.with_views(0))), plain)
+
+
+@pytest.mark.parametrize(("views", "fit", "total"), [(3, 47, 40), (3, 39, 30), (0, 47, 10), (3, 10, 10), (3, 9, 10)])
+def test_as_many_views_as_memory_allows(views: int, fit: int, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = subset(open_dataset("digits", "train", DIGITS_PREPROCESS), count=10, seed=0)
+    images = CalibrationImages(make_loader(data, 4, train=False, workers=0), DIGITS_PREPROCESS, torch.device("cpu"))
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(calibration_run, "most_images", lambda model, settings: fit)
+    monkeypatch.setattr(calibration_run, "reconstruct", lambda model, batches, settings: given.extend(batches) or [])
+    lines: list[str] = []
+    calibration_run.learn_rounding(None, images, Settings(), views, lines.append)  # type: ignore[arg-type]
+    assert sum(map(len, given)) == total
+    assert bool(lines) == (total > 10)

@@ -28,13 +28,15 @@ class Grid:
     """The integers a layer's weights can take.
 
     ratio: folded weights in steps of their scale, float32 [O, ...].  scale: of the folded weights, float32 [O].
-    factor: BatchNorm's factor per channel [O], 1 without one.  low, high: inclusive integers, numbers or [O, 1, ...].
-    free: bool [O, ...], weights with a choice between two integers; channels that are zero have none.
+    learned: that of the layer's own weights, [O].  factor: BatchNorm's factor per channel [O], 1 without one.
+    low, high: inclusive integers, numbers or [O, 1, ...].  free: bool [O, ...], weights with a choice between two
+    integers; channels that are zero have none.
     """
 
     layer: QuantLayer
     ratio: Tensor
     scale: Tensor
+    learned: Tensor
     factor: Tensor
     low: Any
     high: Any
@@ -44,6 +46,13 @@ class Grid:
     def nearest(self) -> Tensor:
         """The integers of ordinary rounding, float32 [O, ...]."""
         return self.ratio.round().clamp_(self.low, self.high)
+
+    @property
+    def reach(self) -> Tensor:
+        """The least scale [O] at which no weight lies beyond the integers; 0 for channels of zeros."""
+        weights = self.ratio * per_channel(self.scale, self.ratio)
+        end = torch.where(weights > 0, torch.as_tensor(self.high), torch.as_tensor(self.low))
+        return (weights / end).nan_to_num(0, 0, 0).flatten(1).amax(1)
 
 
 @torch.no_grad()
@@ -58,13 +67,28 @@ def pin_grid(layer: QuantLayer) -> Grid:
     usable = torch.isfinite(unfolded) & (factor != 0)
     fallback = weight_scale(weight, layer.bits)
     layer.learned = nn.Parameter(torch.where(usable, unfolded, fallback))
-    scale = layer.integer_weights().scale
-    ratio = fold(weight, None, layer.bn)[0] * per_channel(scale.reciprocal(), weight)
+    ratio = fold(weight, None, layer.bn)[0] * per_channel(layer.integer_weights().scale.reciprocal(), weight)
+    return _grid(layer, torch.where(per_channel(usable, ratio), ratio, torch.zeros_like(ratio)), factor)
+
+
+@torch.no_grad()
+def with_scale(grid: Grid, scale: Tensor) -> Grid:
+    """The same weights in other steps, [O] of the folded weights; the layer takes them over (``layer.learned``)."""
+    changed = (grid.factor != 0) & (scale != grid.scale)
+    grid.layer.learned = nn.Parameter(torch.where(changed, scale / grid.factor.abs(), grid.learned))
+    ratio = grid.ratio * per_channel(grid.scale / grid.layer.integer_weights().scale, grid.ratio)
+    return _grid(grid.layer, ratio, grid.factor)
+
+
+def _grid(layer: QuantLayer, ratio: Tensor, factor: Tensor) -> Grid:
+    """The grid of a layer as its learned scale says."""
+    assert layer.learned is not None
     low, high = layer.integer_range()
-    alive = usable & (ratio.flatten(1).round().abs().amax(1) > 0)
     below = ratio.floor()
-    free = per_channel(alive, weight) & (below >= low) & (below < high) & (below != ratio)
-    return Grid(layer, ratio, scale, factor, low, high, free)
+    alive = per_channel(ratio.flatten(1).round().abs().amax(1) > 0, ratio)
+    free = alive & (below >= low) & (below < high) & (below != ratio)
+    scale, learned = layer.integer_weights().scale, layer.learned.detach().clone()
+    return Grid(layer, ratio, scale, learned, factor, low, high, free)
 
 
 @torch.no_grad()

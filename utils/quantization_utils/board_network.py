@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from utils.calibration_run import SETTINGS, CalibrationImages, Granularity
+from utils.calibration_run import SETTINGS, VIEWS, CalibrationImages, Granularity, learn_rounding
 from utils.errors import UserError
 from utils.evaluation import Accuracy, evaluate, float_predictor
 from utils.experiment import Experiment
@@ -24,7 +23,6 @@ from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.ptq import quantize_after_training
 from utils.quantization_utils.ptq_recipe import PtqRecipe, parse_recipe
 from utils.quantization_utils.published_ptq import ALIASES
-from utils.quantization_utils.reconstruct import reconstruct
 from utils.run_data import Data, DataFlags, load_data
 
 HASH_LENGTH = 16
@@ -152,10 +150,11 @@ class BoardNetwork:
         rounding = partial(self._round, recipe, state)
         quantize_after_training(experiment.model, self._images, recipe, rounding=rounding, say=lambda line: None)
 
-    def _round(self, recipe: PtqRecipe, state: Path, model: QuantizedModel, images: list[Tensor]) -> None:
+    def _round(self, recipe: PtqRecipe, state: Path, model: QuantizedModel) -> None:
         granularity: Granularity = "block" if recipe.rounding == "block" else "layer"
-        settings = SETTINGS[self.settings.setting](granularity)
-        reconstruct(model, images, replace(settings, seed=self.settings.seed, state=state))
+        name = self.settings.setting
+        settings = replace(SETTINGS[name](granularity), seed=self.settings.seed, state=state)
+        learn_rounding(model, self._images, settings, VIEWS[name], lambda line: None)
         state.unlink(missing_ok=True)
 
     def _accuracy(self, experiment: Experiment) -> Accuracy:

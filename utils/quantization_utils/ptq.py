@@ -18,8 +18,7 @@ from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.ptq_recipe import PtqRecipe
 from utils.quantization_utils.weight_ranges import calibrate_weights
 
-# Learns the rounding of all weights in place, given the model and the calibration images in batches.
-Rounding = Callable[[QuantizedModel, list[Tensor]], None]
+Rounding = Callable[[QuantizedModel], None]  # learns the rounding of all weights, in place
 
 
 def quantize_after_training(
@@ -54,7 +53,7 @@ def quantize_after_training(
     if recipe.rounding is not None:
         if rounding is None:
             raise UserError(f"--ptq with {recipe.rounding} is not available here; leave it out")
-        rounding(model, list(batches))
+        rounding(model)
     if recipe.bias:
         done = correct_biases(model, first, means)
         say(f"bias correction: {len(done.layers)} layers on {done.images} images{_left_out(done.skipped)}")

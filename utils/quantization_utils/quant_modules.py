@@ -245,6 +245,16 @@ class QuantLayer(nn.Module):
         return IntegerWeights(integers.to(self.INTEGERS), scale, bias)
 
 
+def evaluated_bias(layer: QuantLayer) -> Tensor:
+    """The bias [O] of a quantized layer as evaluation adds it, on the accumulator's grid: its answer to zeros."""
+    module = layer.module
+    with torch.no_grad():
+        if isinstance(module, nn.Linear):
+            return layer(module.weight.new_zeros(1, module.in_features))[0]
+        zeros = module.weight.new_zeros(1, module.in_channels, *module.weight.shape[2:])
+        return layer(zeros)[0, :, 0, 0]
+
+
 class QuantBatchNorm(nn.Module):
     """A standalone BatchNorm: in integers a depthwise 1x1 convolution with one 8-bit weight per channel.
 

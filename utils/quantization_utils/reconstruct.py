@@ -8,7 +8,7 @@ unit that did not gain keeps its weights and ranges as they were.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.quantization_utils.adaround import Grid, pin_grid, write_integers
+from utils.quantization_utils.adaround import Grid, pin_grid, with_scale, write_integers
 from utils.quantization_utils.blocks import Unit, block_units, layer_units
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
@@ -80,6 +80,15 @@ def reconstruct(
     return results
 
 
+def most_images(model: QuantizedModel, settings: Settings) -> int:
+    """How many images' activations fit into the memory that the settings allow."""
+    return int(settings.cache_gib * GIB / peak_bytes(model, _units(model, settings), 1))
+
+
+def _units(model: QuantizedModel, settings: Settings) -> list[Unit]:
+    return (layer_units if settings.granularity == "layer" else block_units)(model.ops)
+
+
 class _Job:
     """Everything that lasts from unit to unit."""
 
@@ -87,7 +96,7 @@ class _Job:
         if not any(quantizer.enabled for quantizer in model.activation_quantizers().values()):
             raise UserError("the model has no activation ranges yet; call calibrate(model, batches) before reconstruct")
         self.model, self.settings = model.eval(), settings
-        self.units = (layer_units if settings.granularity == "layer" else block_units)(model.ops)
+        self.units = _units(model, settings)
         batches = [images] if isinstance(images, Tensor) else list(images)
         if sum(len(batch) for batch in batches) == 0:
             raise UserError("reconstruction got 0 images; give at least one, for example --calib-images 256")
@@ -98,12 +107,12 @@ class _Job:
         self.alone = _layers_on_their_own(model)
 
     def _check_memory(self, count: int) -> None:
-        needed, limit = peak_bytes(self.model, self.units, count), self.settings.cache_gib * GIB
-        if needed > limit:
-            fits = int(count * limit / needed)
+        most = most_images(self.model, self.settings)
+        if count > most:
+            needed = peak_bytes(self.model, self.units, count) / GIB
             raise UserError(
-                f"the activations of {count} images take {needed / GIB:.1f} GiB, the limit is "
-                f"{self.settings.cache_gib:g} GiB; give at most {fits} images, or raise cache_gib"
+                f"the activations of {count} images take {needed:.1f} GiB, the limit is "
+                f"{self.settings.cache_gib:g} GiB; give at most {most} images, or raise cache_gib"
             )
 
     def unit(self, position: int) -> LayerResult | None:
@@ -122,7 +131,7 @@ class _Job:
         unit = self.units[position]
         known = self.finished.find(unit.name)
         if known is not None:
-            found = Found(known["integers"], known["scales"], known["result"]["steps"])
+            found = Found(known["integers"], known["weight_scales"], known["scales"], known["result"]["steps"])
             _apply(unit, {name: pin_grid(layer) for name, layer in layers.items()}, found)
             return LayerResult(**known["result"])
         started = time.perf_counter()
@@ -133,21 +142,23 @@ class _Job:
                 self._improve(trial, position, partial(_show, bar, trial))
         result = trial.result(time.perf_counter() - started)
         integers = {name: values.to(torch.int16) for name, values in trial.kept.integers.items()}
-        entry = {"integers": integers, "scales": trial.kept.scales, "result": asdict(result)}
-        self.finished.keep(unit.name, entry)
+        scales = {"weight_scales": trial.kept.weight_scales, "scales": trial.kept.scales}
+        self.finished.keep(unit.name, {"integers": integers, **scales, "result": asdict(result)})
         return result
 
     def _improve(self, trial: "_Trial", position: int, report: Report) -> None:
         unit, settings = trial.unit, self.settings
         seed = int(random_integers(1 << 31, settings.seed, position)[0])
-        (layer, grid), *others = trial.grids.items()
+        (grid, *others) = trial.grids.values()
         single = not others and len(unit.layers) == 1 and has_rows(unit.layers[0]) and not settings.learns_scales
         first = tuple(unit.layers[0].inputs) == unit.inputs  # a block may quantize its input before that
         if single and first and settings.positions:
             source, target = (self.walk.quantized, unit.inputs[0]), (self.walk.floating, unit.target)
-            rows = draw_rows(grid.layer.module, source, target, seed)
-            integers, steps = fit_rows(unit, rows, grid, settings, report)
-            found = Found({layer: integers}, {}, steps)
+            learned, checked = (
+                draw_rows(grid.layer.module, source, target, seed, images)
+                for images in (self.walk.learned, self.walk.checked)
+            )
+            found = fit_rows(unit, learned, checked, grid, settings, report)
         else:
             found = fit_images(unit, self.walk, trial.grids, settings, seed, report)
         trial.settle(found, by_channel=single)
@@ -160,14 +171,15 @@ class _Trial:
         self.walk, self.unit = walk, unit
         self.grids = {name: pin_grid(layer) for name, layer in layers.items()}
         self.power = walk.power(unit)
-        self.before = self.after = walk.errors(unit)
+        self.before, self.checked = walk.errors(unit)
+        self.after = self.before
         if not torch.isfinite(self.before.sum() + self.power.sum()):
             raise UserError(
                 f"reconstruction met values that are not finite at {unit.name!r}; "
                 "check the weights and the images for NaN or infinity"
             )
         self.steps = 0
-        self.kept = Found({}, {}, 0)
+        self.kept = Found({}, {}, {}, 0)
 
     def worthwhile(self, settings: Settings) -> bool:
         """Whether there is an error to lower and something to choose."""
@@ -184,34 +196,40 @@ class _Trial:
         return loss * self.walk.count * prod(shape) / shape[0] / max(float(self.power.sum()), TINY)
 
     def settle(self, found: Found, by_channel: bool) -> None:
-        """Keep what was found where it lowers the error: all of it, or (one layer, same ranges) channel by channel."""
+        """Keep what was found where it lowers the error: all of it, or (one layer, same ranges) channel by channel.
+
+        All of it must also lower the error of the checked images alone; channels were chosen by these.
+        """
         self.steps = found.steps
         weights = {name: grid.layer.module.weight.detach().clone() for name, grid in self.grids.items()}
         quantizers = {op.module for op in self.unit.ops if isinstance(op.module, Quantizer)}
         ranges = {quantizer: (quantizer.x_min.clone(), quantizer.x_max.clone()) for quantizer in quantizers}
-        for option in [found, Found(found.integers, {}, found.steps)] if found.scales else [found]:
-            kept, errors = option, self._errors_with(option)
+        for option in [found, replace(found, scales={})] if found.scales else [found]:
+            kept, (errors, checked) = option, self._errors_with(option)
             if by_channel:
                 kept, errors = self._best_channels(option, errors)
                 _apply(self.unit, self.grids, kept)
-            if errors.sum() < self.before.sum():
+            holds = by_channel or checked.sum() < self.checked.sum()
+            if holds and errors.sum() < self.before.sum():
                 self.kept, self.after = kept, errors
                 return
             with torch.no_grad():
                 for name, weight in weights.items():
                     self.grids[name].layer.module.weight.copy_(weight)
+                    with_scale(self.grids[name], self.grids[name].scale)
             for quantizer, (x_min, x_max) in ranges.items():
                 quantizer.set_range(x_min, x_max)
 
-    def _errors_with(self, found: Found) -> Tensor:
+    def _errors_with(self, found: Found) -> tuple[Tensor, Tensor]:
         _apply(self.unit, self.grids, found)
         return self.walk.errors(self.unit)
 
     def _best_channels(self, found: Found, errors: Tensor) -> tuple[Found, Tensor]:
         ((name, integers),) = found.integers.items()
-        better = per_channel((errors < self.before).to(integers.device), integers)
-        mixed = torch.where(better, integers, self.grids[name].nearest)
-        return Found({name: mixed}, {}, found.steps), torch.minimum(errors, self.before)
+        grid, better = self.grids[name], (errors < self.before).to(integers.device)
+        mixed = torch.where(per_channel(better, integers), integers, grid.nearest)
+        scales = {key: torch.where(better, scale, grid.scale) for key, scale in found.weight_scales.items()}
+        return Found({name: mixed}, scales, {}, found.steps), torch.minimum(errors, self.before)
 
     def result(self, seconds: float) -> LayerResult:
         """Numbers of the unit as it stands."""
@@ -225,7 +243,7 @@ def _apply(unit: Unit, grids: Mapping[str, Grid], found: Found) -> None:
     """Write integers and ranges into the model."""
     quantizers = {op.name: op.module for op in unit.ops if isinstance(op.module, Quantizer)}
     for name, integers in found.integers.items():
-        write_integers(grids[name], integers)
+        write_integers(with_scale(grids[name], found.weight_scales.get(name, grids[name].scale)), integers)
     for name, scale in found.scales.items():
         take_scale(quantizers[name], scale)
 

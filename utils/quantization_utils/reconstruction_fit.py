@@ -1,4 +1,4 @@
-"""Finds roundings (and activation scales) that bring a unit's output near the float network's.
+"""Finds roundings (and scales) that bring a unit's output near the float network's.
 
 Two ways to look at the same images: single output positions of one layer as a matrix product (:func:`fit_rows`), or
 whole maps through all operators of a unit (:func:`fit_images`).  The loss is the squared error summed over channels
@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.quantization_utils.adaround import Grid, SoftRounding
+from utils.quantization_utils.adaround import Grid, SoftRounding, with_scale
 from utils.quantization_utils.blocks import Unit
-from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
-from utils.quantization_utils.quant_primitives import MIN_ACTIVATION_SCALE, FakeQuantizeLearned, dense, int_range
+from utils.quantization_utils.output_scales import ROWS, best_scales, rescaled
+from utils.quantization_utils.quant_modules import Quantizer, evaluated_bias
+from utils.quantization_utils.quant_primitives import (
+    MIN_ACTIVATION_SCALE,
+    FakeQuantizeLearned,
+    dense,
+    int_range,
+    per_channel,
+)
 from utils.quantization_utils.rows import Rows
 from utils.quantization_utils.side_by_side import SideBySide, run_unit
 from utils.seeded import permutation
@@ -116,34 +123,50 @@ def _adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-def evaluated_bias(layer: QuantLayer) -> Tensor:
-    """The bias [O] of a quantized layer as evaluation adds it, on the accumulator's grid: its answer to zeros."""
-    module = layer.module
-    with torch.no_grad():
-        if isinstance(module, nn.Linear):
-            return layer(module.weight.new_zeros(1, module.in_features))[0]
-        zeros = module.weight.new_zeros(1, module.in_channels, *module.weight.shape[2:])
-        return layer(zeros)[0, :, 0, 0]
+@dataclass(frozen=True)
+class Found:
+    """What a search found; everything by operator name.
 
-
-def fit_rows(unit: Unit, rows: Rows, grid: Grid, settings: Settings, report: Report) -> tuple[Tensor, int]:
-    """Integers for a unit's only layer, float32 [O, ...], and the steps taken.
-
-    Output channels do not depend on each other: every channel gets the best rounding seen at a check on a fixed part
-    of the rows, the nearest one included.
+    integers: of layers, [O, ...].  weight_scales: [O], of layers' folded weights, where they changed.  scales: of
+    activation quantizers.  steps: taken.
     """
-    soft, layer = SoftRounding(grid), unit.layers[0]
-    optimiser, patience = _adam([soft.alpha], settings.lr), _Patience(settings)
-    bias = evaluated_bias(grid.layer)[:, None]
 
-    def error(weight: Tensor, columns: slice) -> Tensor:
-        product = rows.product(weight, columns) + bias
-        values = run_unit(unit, dict.fromkeys(unit.inputs), {layer.name: lambda x: product})
-        return (values[unit.target] - rows.targets[:, columns]).square()
+    integers: dict[str, Tensor]
+    weight_scales: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    steps: int
+
+
+class _RowsError:
+    """How far a unit's only layer leaves the unit's output from the float network's, on rows."""
+
+    def __init__(self, unit: Unit, rows: Rows, grid: Grid) -> None:
+        self.unit, self.rows, self.name = unit, rows, unit.layers[0].name
+        self.bias = evaluated_bias(grid.layer)[:, None]
+
+    def __call__(self, weights: Tensor, columns: slice) -> Tensor:
+        """Squared errors [O, r] with some weights [O, ...]."""
+        product = self.rows.product(weights, columns) + self.bias
+        values = run_unit(self.unit, dict.fromkeys(self.unit.inputs), {self.name: lambda x: product})
+        return (values[self.unit.target] - self.rows.targets[:, columns]).square()
+
+
+def fit_rows(unit: Unit, rows: Rows, others: Rows, grid: Grid, settings: Settings, report: Report) -> Found:
+    """Scales and integers for a unit's only layer.
+
+    others: of images that are not learned from.  Output channels do not depend on each other: every channel gets the
+    scale whose nearest rounding answers best, and in its steps the rounding that answered best on the others at a
+    check, the nearest one included.  A layer with more weights a channel than there are positions to learn from, as a
+    classifier has, could else learn the images by heart.
+    """
+    error, other_error = _RowsError(unit, rows, grid), _RowsError(unit, others, grid)
+    grid = with_scale(grid, best_scales(grid, lambda weights: error(weights, slice(0, ROWS)).mean(1)))
+    soft, patience = SoftRounding(grid), _Patience(settings)
+    optimiser = _adam([soft.alpha], settings.lr)
 
     @torch.no_grad()
     def probed(integers: Tensor) -> Tensor:
-        return error(integers * soft.scale, slice(0, PROBE_ROWS)).mean(1)
+        return other_error(integers * soft.scale, slice(0, PROBE_ROWS)).mean(1)
 
     best = grid.nearest
     lowest = probed(best)
@@ -159,21 +182,13 @@ def fit_rows(unit: Unit, rows: Rows, grid: Grid, settings: Settings, report: Rep
             integers = soft.integers()
             losses = probed(integers)
             better = losses < lowest
-            best = torch.where(better.reshape(-1, *[1] * (best.dim() - 1)), integers, best)
+            best = torch.where(per_channel(better, best), integers, best)
             lowest = torch.minimum(lowest, losses)
             report(step + 1, float(lowest.sum()))
             if patience.over(step, float(lowest.sum())):
                 break
-    return best, step + 1
-
-
-@dataclass(frozen=True)
-class Found:
-    """Integers by layer, activation scales by quantizer (both by operator name), and the steps taken."""
-
-    integers: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    steps: int
+    layer = unit.layers[0].name
+    return Found({layer: best}, {layer: grid.scale}, {}, step + 1)
 
 
 def fit_images(
@@ -183,13 +198,15 @@ def fit_images(
 
     grids: by operator name.  A unit is done early once its weights are decided and the loss has settled.
     """
+    grids = rescaled(unit, walk, grids, seed)
     joint = _Joint(unit, walk, grids, settings)
     patience, total = _Patience(settings), 0.0
-    batch = min(settings.batch, walk.count)
-    per_epoch, order = walk.count // batch, torch.empty(0)
+    count = len(walk.learned)
+    batch = min(settings.batch, count)
+    per_epoch, order = count // batch, torch.empty(0)
     for step in range(settings.steps):
         if step % per_epoch == 0:
-            order = torch.from_numpy(permutation(walk.count, seed, step // per_epoch))
+            order = torch.from_numpy(permutation(count, seed, step // per_epoch))
         start = step % per_epoch * batch
         total += joint.step(step, order[start : start + batch])
         if patience.due(step):
@@ -198,7 +215,8 @@ def fit_images(
                 break
             total = 0.0
     integers = {name: soft.integers() for name, soft in joint.soft.items()}
-    return Found(integers, {name: joint.limited(name).detach() for name in joint.scales}, step + 1)
+    weight_scales = {name: grid.scale for name, grid in grids.items()}
+    return Found(integers, weight_scales, {name: joint.limited(name).detach() for name in joint.scales}, step + 1)
 
 
 class _Joint:
@@ -223,7 +241,7 @@ class _Joint:
             name: partial(self._layer, name, soft.weights(*schedule)) for name, soft in self.soft.items()
         }
         replaced |= {name: partial(self._quantize, name) for name in self.scales}
-        values = run_unit(unit, {name: walk.quantized.fetch(name, images) for name in unit.inputs}, replaced)
+        values = run_unit(unit, walk.inputs(unit, images), replaced)
         error = values[unit.target] - walk.floating.fetch(unit.target, images)
         loss = error.square().sum() * (self.channels / error.numel())
         for optimiser in self.optimisers:

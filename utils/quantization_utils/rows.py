@@ -43,15 +43,21 @@ def has_rows(op: Op) -> bool:
 
 
 def draw_rows(
-    module: nn.Conv2d | nn.Linear, source: tuple[TensorCache, str], target: tuple[TensorCache, str], seed: int
+    module: nn.Conv2d | nn.Linear,
+    source: tuple[TensorCache, str],
+    target: tuple[TensorCache, str],
+    seed: int,
+    images: range | None = None,
 ) -> Rows:
     """Positions in random order: all of them, or at most 131072 and 512 MiB.
 
-    source, target: cache and name of what the layer reads and of the values its output should have.
+    source, target: cache and name of what the layer reads and of the values its output should have.  images: which
+    ones, one after the other; all unless given.
     """
     cache, name = target
     shape = cache.shape(name)
-    total = cache.count * prod(shape[:-1])
+    images = range(cache.count) if images is None else images
+    total = len(images) * prod(shape[:-1])
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     size = prod(module.weight.shape[1:])
     most = max(1, min(total, MOST_ROWS, MOST_VALUES // (groups * size)))
@@ -60,7 +66,7 @@ def draw_rows(
         index = torch.randperm(total, generator=generator)
     else:
         index = torch.randint(total, (most,), generator=generator)
-    index = index.to(module.weight.device)
+    index = (index + images.start * prod(shape[:-1])).to(module.weight.device)
     wanted = cache.rows(name, index).T.contiguous()
     if isinstance(module, nn.Linear):
         return Rows(source[0].rows(source[1], index).T.contiguous()[None], wanted)

@@ -14,6 +14,7 @@ from utils.quantization_utils.quant_modules import Quantizer
 from utils.quantization_utils.tensor_cache import TensorCache, bytes_per_value, channels_last
 
 RUN_BATCH = 32
+CHECKED = 4  # one image of so many is kept for checks
 Values = dict[str, Any]
 
 
@@ -28,14 +29,19 @@ def run_unit(unit: Unit, values: Values, replaced: Mapping[str, Callable[..., An
 class SideBySide:
     """What the units to come need of both networks.
 
-    images: normalised float32 [N, C, H, W].  The float network is the same operators with quantization off; what it
-    makes of a unit must be computed before the unit's weights change.  The model is left with quantization on.
+    images: normalised float32 [N, C, H, W].  ``learned`` are those to learn from; ``checked``, the last quarter, are to
+    say whether what was learned holds (of fewer than four images, the last one is both).
+
+    The float network is the same operators with quantization off; what it makes of a unit must be computed before the
+    unit's weights change.  The model is left with quantization on.
     """
 
     def __init__(self, model: QuantizedModel, units: Sequence[Unit], images: Tensor) -> None:
         self.model = model
         self.quantizers = model.activation_quantizers()
         self.count = images.shape[0]
+        kept = self.count // CHECKED
+        self.learned, self.checked = range(self.count - kept), range(self.count - max(1, kept), self.count)
         self.quantized, self.floating = TensorCache(self.count), TensorCache(self.count)
         self._last = _last_readers(units)
         for op in model.ops:
@@ -47,40 +53,54 @@ class SideBySide:
     def float_outputs(self, unit: Unit) -> None:
         """Keep what the float network makes of a unit."""
         kept, same = _distinct(unit)
-        self.model.enable(False)
-        try:
-            for index in self._batches():
-                values = run_unit(unit, self._inputs(self.floating, unit, index))
-                for name in kept:
-                    self.floating.put(name, index, values[name])
-        finally:
-            self.model.enable()
+        for index in self._batches():
+            values = self.float_values(unit, index)
+            for name in kept:
+                self.floating.put(name, index, values[name])
         for name, source in same.items():
             self.floating.alias(name, source)
+
+    @torch.no_grad()
+    def float_values(self, unit: Unit, index: slice) -> Values:
+        """What the float network makes of a unit's operators for some images."""
+        self.model.enable(False)
+        try:
+            return run_unit(unit, self._inputs(self.floating, unit, index))
+        finally:
+            self.model.enable()
+
+    def inputs(self, unit: Unit, index: slice | Tensor) -> Values:
+        """What a unit of the quantized network reads for some images."""
+        return self._inputs(self.quantized, unit, index)
 
     @torch.no_grad()
     def quantized_outputs(self, unit: Unit) -> None:
         """Keep what the quantized network makes of a unit."""
         for index in self._batches():
-            values = run_unit(unit, self._inputs(self.quantized, unit, index))
+            values = run_unit(unit, self.inputs(unit, index))
             for name in unit.outputs:
                 self.quantized.put(name, index, values[name], self.quantizers.get(name))
 
     @torch.no_grad()
-    def errors(self, unit: Unit) -> Tensor:
-        """Squared error of the quantized target against the float one, per channel, float64 [C]."""
-        total = torch.zeros((), dtype=torch.float64)
+    def errors(self, unit: Unit) -> tuple[Tensor, Tensor]:
+        """Squared errors of the quantized target against the float one, per channel, float64 [C].
+
+        Over all images, and over the checked ones alone.
+        """
+        total, checked = torch.zeros(2, 1, dtype=torch.float64)
         for index in self._batches():
-            values = run_unit(unit, self._inputs(self.quantized, unit, index))
-            total = total + _squares(values[unit.target] - self.floating.fetch(unit.target, index)).cpu()
-        return total
+            values = run_unit(unit, self.inputs(unit, index))
+            squares = (values[unit.target] - self.floating.fetch(unit.target, index)).square_()
+            total = total + _sums(squares)
+            checked = checked + _sums(squares[max(0, self.checked.start - index.start) :])
+        return total, checked
 
     @torch.no_grad()
     def power(self, unit: Unit) -> Tensor:
         """Squares of the float target, per channel, float64 [C]."""
         total = torch.zeros((), dtype=torch.float64)
         for index in self._batches():
-            total = total + _squares(self.floating.fetch(unit.target, index)).cpu()
+            total = total + _sums(self.floating.fetch(unit.target, index).square_())
         return total
 
     def forget(self, position: int) -> None:
@@ -93,7 +113,7 @@ class SideBySide:
         yield from (slice(start, min(start + RUN_BATCH, self.count)) for start in range(0, self.count, RUN_BATCH))
 
     @staticmethod
-    def _inputs(cache: TensorCache, unit: Unit, index: slice) -> Values:
+    def _inputs(cache: TensorCache, unit: Unit, index: slice | Tensor) -> Values:
         return {name: cache.fetch(name, index) for name in unit.inputs}
 
 
@@ -103,9 +123,10 @@ def _last_readers(units: Sequence[Unit]) -> dict[str, int]:
     return last | {name: i for i, unit in enumerate(units) for name in unit.inputs}
 
 
-def _squares(x: Tensor) -> Tensor:
+def _sums(x: Tensor) -> Tensor:
+    """By channel, float64 [C] on the CPU."""
     rows = channels_last(x)
-    return rows.reshape(-1, rows.shape[-1]).double().square_().sum(0)
+    return rows.reshape(-1, rows.shape[-1]).sum(0, dtype=torch.float64).cpu()
 
 
 def _distinct(unit: Unit) -> tuple[list[str], dict[str, str]]:

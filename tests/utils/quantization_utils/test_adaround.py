@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.quantization_utils.adaround import Grid, SoftRounding, pin_grid, write_integers
+from utils.quantization_utils.adaround import Grid, SoftRounding, pin_grid, with_scale, write_integers
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
 
 
@@ -120,3 +120,38 @@ def test_undecided_counts_free_weights_between_two_integers() -> None:
     with torch.no_grad():
         soft.alpha.copy_(torch.where(soft.alpha >= 0, 10.0, -10.0))
     assert soft.undecided() == 0
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("folded", [True, False])
+def test_other_steps_and_back(per_channel: bool, folded: bool) -> None:
+    conv = nn.Conv2d(8, 12, 3, groups=2)
+    quantized = layer(conv, trained_bn(12) if folded else None, 4, per_channel)
+    grid = pin_grid(quantized)
+    before = quantized.integer_weights()
+    alive = grid.factor != 0
+    other = with_scale(grid, torch.where(alive, grid.scale * 1.25, grid.scale))
+    real = grid.ratio * grid.scale.reshape(-1, 1, 1, 1)
+    assert torch.allclose(other.ratio * other.scale.reshape(-1, 1, 1, 1), real, atol=1e-6)
+    assert torch.allclose(other.scale[alive], 1.25 * grid.scale[alive])
+    assert torch.allclose(quantized.integer_weights().scale, other.scale)
+    chosen = random_choice(other)
+    write_integers(other, chosen)
+    assert torch.equal(quantized.integer_weights().weight, chosen.to(torch.int8))
+
+    conv.weight.data.copy_(grid.ratio * 0)  # weights come back from a copy, scales from the grid
+    again = with_scale(grid, grid.scale)
+    assert torch.equal(again.learned, grid.learned)
+    assert torch.equal(quantized.integer_weights().scale, before.scale)
+
+
+def test_reach_clips_no_weight_and_wastes_no_integer() -> None:
+    quantized = layer(nn.Conv2d(8, 12, 3), None, 4)
+    quantized.module.weight.data[3] = 0
+    grid = pin_grid(quantized)
+    steps = (grid.ratio * grid.scale.reshape(-1, 1, 1, 1))[grid.reach > 0] / grid.reach[grid.reach > 0].reshape(
+        -1, 1, 1, 1
+    )
+    assert float(grid.reach[3]) == 0
+    assert len(steps) == 11
+    assert torch.allclose(steps.abs().flatten(1).amax(1), torch.full((11,), float(grid.high)))

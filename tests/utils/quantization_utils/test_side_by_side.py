@@ -56,19 +56,22 @@ def test_memory_is_foretold(split: Units) -> None:
     assert most <= peak_bytes(model, units, COUNT) <= 1.5 * most
 
 
-@pytest.mark.parametrize("split", [layer_units, block_units])
-def test_errors_and_power_by_channel(split: Units) -> None:
-    model, batch = network(), images(COUNT)
-    units = split(model.ops)
+@pytest.mark.parametrize("count", [3, COUNT])
+def test_errors_and_power_by_channel(count: int) -> None:
+    model, batch = network(), images(count)
+    units = layer_units(model.ops)
     walk, _ = walked(model, units[:1], batch)
     unit, everything = units[0], slice(None)
-    difference = walk.quantized.fetch(unit.outputs[-1], everything) - walk.floating.fetch(unit.target, everything)
-    over = [0, *range(2, difference.dim())]
-    if unit.outputs[-1] == unit.target:
-        assert torch.allclose(walk.errors(unit), difference.double().square().sum(over))
-    power = walk.floating.fetch(unit.target, everything).double().square().sum(over)
-    assert torch.allclose(walk.power(unit), power)
-    assert walk.errors(unit).shape == power.shape
+    assert unit.outputs == (unit.target,)
+    wanted = walk.floating.fetch(unit.target, everything).double()
+    squares = (walk.quantized.fetch(unit.target, everything) - wanted).square().sum((2, 3))
+    checked = slice(30, None) if count == COUNT else slice(2, None)
+    assert list(walk.checked) == list(range(count))[checked]
+    assert list(walk.learned) == list(range(30 if count == COUNT else 3))
+    errors, of_checked = walk.errors(unit)
+    assert torch.allclose(errors, squares.sum(0))
+    assert torch.allclose(of_checked, squares[checked].sum(0))
+    assert torch.allclose(walk.power(unit), wanted.square().sum((0, 2, 3)))
 
 
 def test_float_outputs_leave_quantization_on() -> None:
