@@ -51,9 +51,9 @@ def best_scales(grid: Grid, error: Callable[[Tensor], Tensor]) -> Tensor:
 def rescaled(unit: Unit, walk: SideBySide, grids: Mapping[str, Grid], seed: int) -> dict[str, Grid]:
     """Grids of a unit's layers with the best scales, one layer after the other on what those before it answer.
 
-    grids: by operator name.  The layers take their scales over.
+    Images that are not learned from decide.  grids: by operator name.  The layers take their scales over.
     """
-    index = slice(0, min(IMAGES, len(walk.learned)))
+    index = slice(walk.checked.start, min(walk.checked.start + IMAGES, walk.checked.stop))
     floats, values = walk.float_values(unit, index), walk.inputs(unit, index)
     found = dict(grids)
     for op in unit.ops:

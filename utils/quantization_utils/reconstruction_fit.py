@@ -155,12 +155,12 @@ def fit_rows(unit: Unit, rows: Rows, others: Rows, grid: Grid, settings: Setting
     """Scales and integers for a unit's only layer.
 
     others: of images that are not learned from.  Output channels do not depend on each other: every channel gets the
-    scale whose nearest rounding answers best, and in its steps the rounding that answered best on the others at a
-    check, the nearest one included.  A layer with more weights a channel than there are positions to learn from, as a
-    classifier has, could else learn the images by heart.
+    scale whose nearest rounding answers best on the others, and in its steps the rounding that answered best there at
+    a check, the nearest one included.  A layer with more weights a channel than there are positions to learn from, as
+    a classifier has, could else learn the images by heart.
     """
     error, other_error = _RowsError(unit, rows, grid), _RowsError(unit, others, grid)
-    grid = with_scale(grid, best_scales(grid, lambda weights: error(weights, slice(0, ROWS)).mean(1)))
+    grid = with_scale(grid, best_scales(grid, lambda weights: other_error(weights, slice(0, ROWS)).mean(1)))
     soft, patience = SoftRounding(grid), _Patience(settings)
     optimiser = _adam([soft.alpha], settings.lr)
 
