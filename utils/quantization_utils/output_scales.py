@@ -16,7 +16,7 @@ from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.quant_modules import evaluated_bias
 from utils.quantization_utils.quant_primitives import per_channel
 from utils.quantization_utils.rows import draw_rows, has_rows
-from utils.quantization_utils.side_by_side import SideBySide, Values
+from utils.quantization_utils.side_by_side import SideBySide, Values, run_unit
 from utils.quantization_utils.tensor_cache import TensorCache
 
 IMAGES, ROWS = 64, 1 << 13
@@ -54,11 +54,15 @@ def rescaled(unit: Unit, walk: SideBySide, grids: Mapping[str, Grid], seed: int)
     Images that are not learned from decide.  grids: by operator name.  The layers take their scales over.
     """
     index = slice(walk.checked.start, min(walk.checked.start + IMAGES, walk.checked.stop))
-    floats, values = walk.float_values(unit, index), walk.inputs(unit, index)
-    found = dict(grids)
+    layers = [op for op in unit.layers if op.name in grids and has_rows(op)]
+    with walk.in_float():
+        floats = run_unit(unit, walk.float_inputs(unit, index))
+        # Once more, as activations have overwritten what layers answered.
+        wanted = {op.name: op.run(*[floats[name] for name in op.inputs]) for op in layers}
+    values, found = walk.inputs(unit, index), dict(grids)
     for op in unit.ops:
-        if op.name in found and has_rows(op):
-            found[op.name] = _rescaled(op, found[op.name], values, floats[op.name], seed)
+        if op in layers:
+            found[op.name] = _rescaled(op, found[op.name], values, wanted[op.name], seed)
         values[op.name] = op.run(*[values[name] for name in op.inputs])
     return found
 

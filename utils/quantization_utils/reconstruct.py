@@ -198,19 +198,20 @@ class _Trial:
     def settle(self, found: Found, by_channel: bool) -> None:
         """Keep what was found where it lowers the error: all of it, or (one layer, same ranges) channel by channel.
 
-        All of it must also lower the error of the checked images alone; channels were chosen by these.
+        It must lower the error over all images and that of the checked ones alone.
         """
         self.steps = found.steps
         weights = {name: grid.layer.module.weight.detach().clone() for name, grid in self.grids.items()}
         quantizers = {op.module for op in self.unit.ops if isinstance(op.module, Quantizer)}
         ranges = {quantizer: (quantizer.x_min.clone(), quantizer.x_max.clone()) for quantizer in quantizers}
         for option in [found, replace(found, scales={})] if found.scales else [found]:
-            kept, (errors, checked) = option, self._errors_with(option)
+            _apply(self.unit, self.grids, option)
+            kept, (errors, checked) = option, self.walk.errors(self.unit)
             if by_channel:
-                kept, errors = self._best_channels(option, errors)
+                better = (errors < self.before) & (checked < self.checked)
+                kept, errors = self._mixed(option, better), torch.where(better, errors, self.before)
                 _apply(self.unit, self.grids, kept)
-            holds = by_channel or checked.sum() < self.checked.sum()
-            if holds and errors.sum() < self.before.sum():
+            if errors.sum() < self.before.sum() and (by_channel or checked.sum() < self.checked.sum()):
                 self.kept, self.after = kept, errors
                 return
             with torch.no_grad():
@@ -220,16 +221,13 @@ class _Trial:
             for quantizer, (x_min, x_max) in ranges.items():
                 quantizer.set_range(x_min, x_max)
 
-    def _errors_with(self, found: Found) -> tuple[Tensor, Tensor]:
-        _apply(self.unit, self.grids, found)
-        return self.walk.errors(self.unit)
-
-    def _best_channels(self, found: Found, errors: Tensor) -> tuple[Found, Tensor]:
+    def _mixed(self, found: Found, better: Tensor) -> Found:
+        """What was found for the better channels, the rest as it was."""
         ((name, integers),) = found.integers.items()
-        grid, better = self.grids[name], (errors < self.before).to(integers.device)
+        grid, better = self.grids[name], better.to(integers.device)
         mixed = torch.where(per_channel(better, integers), integers, grid.nearest)
         scales = {key: torch.where(better, scale, grid.scale) for key, scale in found.weight_scales.items()}
-        return Found({name: mixed}, scales, {}, found.steps), torch.minimum(errors, self.before)
+        return Found({name: mixed}, scales, {}, found.steps)
 
     def result(self, seconds: float) -> LayerResult:
         """Numbers of the unit as it stands."""

@@ -1,6 +1,7 @@
 """Runs the quantized and the float network side by side, unit after unit, over all calibration images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -53,25 +54,30 @@ class SideBySide:
     def float_outputs(self, unit: Unit) -> None:
         """Keep what the float network makes of a unit."""
         kept, same = _distinct(unit)
-        for index in self._batches():
-            values = self.float_values(unit, index)
-            for name in kept:
-                self.floating.put(name, index, values[name])
+        with self.in_float():
+            for index in self._batches():
+                values = run_unit(unit, self.float_inputs(unit, index))
+                for name in kept:
+                    self.floating.put(name, index, values[name])
         for name, source in same.items():
             self.floating.alias(name, source)
 
-    @torch.no_grad()
-    def float_values(self, unit: Unit, index: slice) -> Values:
-        """What the float network makes of a unit's operators for some images."""
+    @contextmanager
+    def in_float(self) -> Iterator[None]:
+        """Operators are the float network's meanwhile."""
         self.model.enable(False)
         try:
-            return run_unit(unit, self._inputs(self.floating, unit, index))
+            yield
         finally:
             self.model.enable()
 
     def inputs(self, unit: Unit, index: slice | Tensor) -> Values:
         """What a unit of the quantized network reads for some images."""
-        return self._inputs(self.quantized, unit, index)
+        return {name: self.quantized.fetch(name, index) for name in unit.inputs}
+
+    def float_inputs(self, unit: Unit, index: slice | Tensor) -> Values:
+        """What a unit of the float network reads for some images."""
+        return {name: self.floating.fetch(name, index) for name in unit.inputs}
 
     @torch.no_grad()
     def quantized_outputs(self, unit: Unit) -> None:
@@ -111,10 +117,6 @@ class SideBySide:
 
     def _batches(self) -> Iterator[slice]:
         yield from (slice(start, min(start + RUN_BATCH, self.count)) for start in range(0, self.count, RUN_BATCH))
-
-    @staticmethod
-    def _inputs(cache: TensorCache, unit: Unit, index: slice | Tensor) -> Values:
-        return {name: cache.fetch(name, index) for name in unit.inputs}
 
 
 def _last_readers(units: Sequence[Unit]) -> dict[str, int]:

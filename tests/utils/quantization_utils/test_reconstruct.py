@@ -327,3 +327,10 @@ def test_a_layer_does_not_learn_noise_by_heart() -> None:
         errors[name] = float((answers - fresh.targets).square().mean())
     assert errors["checked"] < 10 * errors["nearest"]
     assert errors["by heart"] > 100 * errors["nearest"]
+
+
+def test_blocks_choose_scales_by_their_output_before_they_learn() -> None:
+    """One step moves no weight: what is better is so by its scales."""
+    settings = replace(BLOCKS, steps=1, learn_activation_scales=False)
+    results = reconstruct(network("w3a8"), images(), settings)
+    assert all(result.loss_after < 0.9 * result.loss_nearest for result in results[1:])
