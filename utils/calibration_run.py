@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data_utils import Loader, augmented, normalize
+from utils.data_utils import Loader, normalize
 from utils.plots import plot_sqnr
 from utils.preprocess import Preprocess
 from utils.quantization_utils.calibrate import calibrate
@@ -27,14 +27,14 @@ Granularity = Literal["layer", "block"]
 SQNR_PLOT, ROUNDING_STATE = "sqnr.png", "rounding.pth.tar"
 SQNR_IMAGES = 64
 SETTINGS: dict[str, Callable[[Granularity], Settings]] = {QUICK: Settings, PUBLISHED: Settings.published}
-VIEWS = {QUICK: 3, PUBLISHED: 0}
 
 
 class CalibrationImages:
     """The images of a loader, decoded once; every pass yields them normalised, in the same batches and order."""
 
     def __init__(self, loader: Loader, preprocess: Preprocess, device: torch.device) -> None:
-        self.loader, self.preprocess, self.device = loader, preprocess, device
+        self.preprocess, self.device = preprocess, device
+        self.flippable = loader.dataset.source.flippable
         bar = tqdm(loader, desc="calibration images", unit="batch", leave=False, disable=None)
         self.batches = [images for images, _ in bar]
 
@@ -52,28 +52,24 @@ class CalibrationImages:
                 yield normalize(images[:count].to(self.device), self.preprocess)
             count -= len(images)
 
-    def with_views(self, count: int) -> Iterator[Tensor]:
-        """Every image, and behind it ``count`` views of it, cropped and mirrored as in training; normalised batches."""
-        for same in zip(self.batches, *(self._views(number) for number in range(count)), strict=True):
-            yield normalize(torch.stack(same, 1).flatten(0, 1).to(self.device), self.preprocess)
-
-    def _views(self, number: int) -> Iterator[Tensor]:
-        for images, _ in augmented(self.loader, number):
-            yield images
+    def with_mirrored(self) -> Iterator[Tensor]:
+        """Every image and behind it its mirror image, normalised, in batches of twice the size."""
+        for images in self:
+            yield torch.stack((images, images.flip(-1)), 1).flatten(0, 1)
 
 
 def learn_rounding(
-    model: QuantizedModel, images: CalibrationImages, settings: Settings, views: int, say: Callable[[str], None]
+    model: QuantizedModel, images: CalibrationImages, settings: Settings, say: Callable[[str], None]
 ) -> list[LayerResult]:
-    """Reconstruct from the calibration images and as many further views of each as memory allows.
+    """Reconstruct from the calibration images, mirrored as well where a mirrored image keeps its class and both fit.
 
-    A few hundred images by themselves are learned by heart.
+    A few hundred images are easily learned by heart.
     """
     count = sum(map(len, images.batches))
-    views = max(0, min(views, most_images(model, settings) // max(1, count) - 1))
-    if views:
-        say(f"learned rounding from each image and {views} views of it, cropped and mirrored as in training")
-    return reconstruct(model, images.with_views(views), settings)
+    if not images.flippable or 2 * count > most_images(model, settings):
+        return reconstruct(model, images, settings)
+    say("learned rounding from the images and their mirror images")
+    return reconstruct(model, images.with_mirrored(), settings)
 
 
 def calibrate_run(job: Run, configure: Callable[[], None]) -> None:
@@ -127,9 +123,8 @@ def _round(job: Run, images: CalibrationImages, model: QuantizedModel) -> None:
     args, state = job.args, job.args.save_path / ROUNDING_STATE
     granularity: Granularity = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
     settings = replace(SETTINGS[args.ptq_setting](granularity), seed=args.seed, state=state)
-    views = VIEWS[args.ptq_setting] if args.ptq_views is None else args.ptq_views
     job.phase, job.kept = "learned rounding", f"finished {granularity}s are in {state}, the same command goes on"
-    results = learn_rounding(model, images, settings, views, lambda line: log.info("  %s", line))
+    results = learn_rounding(model, images, settings, lambda line: log.info("  %s", line))
     seconds = sum(result.seconds for result in results)
     improved = sum(result.loss_after < result.loss_nearest for result in results)
     log.info(

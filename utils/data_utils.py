@@ -235,14 +235,6 @@ def make_loader(
     return Loader(dataset, sampler, workers)
 
 
-def augmented(loader: Loader, epoch: int) -> Loader:
-    """The same images in the same order, as training would see them in an epoch."""
-    given = loader.dataset
-    dataset = ImageDataset(given.source, given.preprocess, True, given.seed, given.members)
-    dataset.epoch = epoch
-    return Loader(dataset, loader.sampler, loader.workers)
-
-
 def subset(
     dataset: ImageDataset, *, fraction: float | None = None, count: int | None = None, seed: int = 0
 ) -> ImageDataset:

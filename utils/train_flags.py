@@ -118,9 +118,6 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--ptq-setting", one_of(QUICK, PUBLISHED), QUICK,
          "how long adaround and block learn: quick suits a CPU, published takes 10,000 steps a layer or 20,000 a "
          "block"),
-        ("--ptq-views", Kind(number(int, zero=True), "N"), None,
-         "further views of each calibration image that adaround and block learn from, cropped and mirrored as in "
-         "training; fewer where 8 GiB do not hold their activations (default: 3, with the published setting 0)"),
         ("--mse-power", REAL, None,
          "p of the mse calibrators' mean |error| to the p (default: 2, and 2.4 with adaround or block)"),
         ("--calib-images", COUNT, 512, "images of the fixed calibration subset"),
@@ -321,8 +318,6 @@ def _check_ptq(args: argparse.Namespace) -> None:
         raise UserError("--ptq quantizes, the scheme float does not; give another --quant-scheme")
     if args.calibration not in (MSE, recipe.activations):
         raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
-    if args.ptq_views is not None and recipe.rounding is None:
-        raise UserError(f"--ptq-views is for adaround and block; add one to --ptq {args.ptq}, or leave out --ptq-views")
 
 
 def _check_simulation(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import utils.quantization_utils.reconstruct as reconstruction
 from tests.helpers import refusal, stop_after
 from utils import calibration_run
 from utils.calibration_run import ROUNDING_STATE, SETTINGS, SQNR_PLOT, CalibrationImages
-from utils.data_utils import augmented, make_loader, normalize, open_dataset, subset
+from utils.data_utils import make_loader, normalize, open_dataset, subset
 from utils.digits_net import DIGITS_PREPROCESS
 from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from utils.integer_graph.serialize import graph_hash, load
@@ -231,7 +232,6 @@ def test_the_published_setting_is_the_published_one(
         (("--ptq", "gptq"), "--ptq 'gptq' does not know the part 'gptq'"),
         (("--ptq", "mse+adaround+block"), "--ptq 'mse+adaround+block' has both adaround and block"),
         (("--ptq", "mse", "--ptq-setting", "slow"), "invalid choice: 'slow'"),
-        (("--ptq", "mse+bias", "--ptq-views", "2"), "--ptq-views is for adaround and block"),
         (("--ptq", "mse", "--calib-images", "0"), "--calib-images"),
         (("--ptq", "mse", "--mse-power", "0"), "--mse-power"),
     ],
@@ -310,27 +310,34 @@ def test_calibration_images_are_the_same_in_every_pass() -> None:
         assert torch.equal(torch.cat(given), torch.cat(first)[:count])
 
 
-def test_views_stand_behind_their_image() -> None:
-    data = subset(open_dataset("digits", "train", DIGITS_PREPROCESS), count=10, seed=0)
-    images = CalibrationImages(make_loader(data, 4, train=False, workers=0), DIGITS_PREPROCESS, torch.device("cpu"))
-    plain, seen = torch.cat(list(images)), torch.cat(list(images.with_views(2)))
-    assert len(seen) == 30
-    assert torch.equal(seen[::3], plain)
-    for number in range(2):
-        views = torch.cat([normalize(batch, DIGITS_PREPROCESS) for batch, _ in augmented(images.loader, number)])
-        assert torch.equal(seen[1 + number :: 3], views)
-        assert not torch.equal(views, plain)
-    assert torch.equal(torch.cat(list(images.with_views(0))), plain)
+def cifar_images(folder: Path, count: int) -> CalibrationImages:
+    """Random images in the layout of folders; a mirrored one keeps its class."""
+    for label in "ab":
+        (folder / "val" / label).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "val" / label / f"{number}.png")
+    preprocess = replace(DIGITS_PREPROCESS, mean=(0.5,) * 3, std=(0.5,) * 3, channels=3)
+    data = open_dataset(folder, "val", preprocess)
+    return CalibrationImages(make_loader(data, 4, train=False), preprocess, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("views", "fit", "total"), [(3, 47, 40), (3, 39, 30), (0, 47, 10), (3, 10, 10), (3, 9, 10)])
-def test_as_many_views_as_memory_allows(views: int, fit: int, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = subset(open_dataset("digits", "train", DIGITS_PREPROCESS), count=10, seed=0)
-    images = CalibrationImages(make_loader(data, 4, train=False, workers=0), DIGITS_PREPROCESS, torch.device("cpu"))
-    given: list[torch.Tensor] = []
+def test_mirror_images_stand_behind_their_image(tmp_path: Path) -> None:
+    images = cifar_images(tmp_path, 3)
+    plain, both = torch.cat(list(images)), torch.cat(list(images.with_mirrored()))
+    assert (len(plain), len(both)) == (6, 12)
+    assert torch.equal(both[::2], plain)
+    assert torch.equal(both[1::2], plain.flip(-1))
+
+
+@pytest.mark.parametrize(("flippable", "fit", "total"), [(True, 12, 12), (True, 11, 6), (False, 12, 6)])
+def test_mirrored_where_it_may_and_memory_allows(
+    flippable: bool, fit: int, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, given, lines = cifar_images(tmp_path, 3), [], []
+    images.flippable = flippable
     monkeypatch.setattr(calibration_run, "most_images", lambda model, settings: fit)
     monkeypatch.setattr(calibration_run, "reconstruct", lambda model, batches, settings: given.extend(batches) or [])
-    lines: list[str] = []
-    calibration_run.learn_rounding(None, images, Settings(), views, lines.append)  # type: ignore[arg-type]
+    calibration_run.learn_rounding(None, images, Settings(), lines.append)  # type: ignore[arg-type]
     assert sum(map(len, given)) == total
-    assert bool(lines) == (total > 10)
+    assert bool(lines) == (total > 6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from utils.calibration_run import SETTINGS, VIEWS, CalibrationImages, Granularity, learn_rounding
+from utils.calibration_run import SETTINGS, CalibrationImages, Granularity, learn_rounding
 from utils.errors import UserError
 from utils.evaluation import Accuracy, evaluate, float_predictor
 from utils.experiment import Experiment
@@ -152,9 +152,8 @@ class BoardNetwork:
 
     def _round(self, recipe: PtqRecipe, state: Path, model: QuantizedModel) -> None:
         granularity: Granularity = "block" if recipe.rounding == "block" else "layer"
-        name = self.settings.setting
-        settings = replace(SETTINGS[name](granularity), seed=self.settings.seed, state=state)
-        learn_rounding(model, self._images, settings, VIEWS[name], lambda line: None)
+        settings = replace(SETTINGS[self.settings.setting](granularity), seed=self.settings.seed, state=state)
+        learn_rounding(model, self._images, settings, lambda line: None)
         state.unlink(missing_ok=True)
 
     def _accuracy(self, experiment: Experiment) -> Accuracy:
