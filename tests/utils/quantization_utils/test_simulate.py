@@ -172,7 +172,7 @@ def test_every_part_of_a_recipe_works(backend, recipe):
         model,
         [images[:4], images[4:]],
         parse_recipe(recipe),
-        rounding=lambda m, batches: results.extend(reconstruct(m, batches, settings)),
+        rounding=lambda m: results.extend(reconstruct(m, images, settings)),
         say=lambda line: None,
     )
     with torch.no_grad():
