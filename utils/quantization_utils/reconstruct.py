@@ -149,7 +149,7 @@ class _Job:
     def _improve(self, trial: "_Trial", position: int, report: Report) -> None:
         unit, settings = trial.unit, self.settings
         seed = int(random_integers(1 << 31, settings.seed, position)[0])
-        (grid, *others) = trial.grids.values()
+        grid, *others = trial.grids.values()
         single = not others and len(unit.layers) == 1 and has_rows(unit.layers[0]) and not settings.learns_scales
         first = tuple(unit.layers[0].inputs) == unit.inputs  # a block may quantize its input before that
         if single and first and settings.positions:
@@ -209,9 +209,10 @@ class _Trial:
             kept, (errors, checked) = option, self.walk.errors(self.unit)
             if by_channel:
                 better = (errors < self.before) & (checked < self.checked)
-                kept, errors = self._mixed(option, better), torch.where(better, errors, self.before)
+                errors, checked = torch.where(better, errors, self.before), torch.where(better, checked, self.checked)
+                kept = self._mixed(option, better)
                 _apply(self.unit, self.grids, kept)
-            if errors.sum() < self.before.sum() and (by_channel or checked.sum() < self.checked.sum()):
+            if errors.sum() < self.before.sum() and checked.sum() < self.checked.sum():
                 self.kept, self.after = kept, errors
                 return
             with torch.no_grad():
