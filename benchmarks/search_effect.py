@@ -2,9 +2,10 @@
 
     python -m benchmarks.search_effect --weights FILE --data CIFAR [--steps 100] [--jobs 2] [--output FILE]
 
-For each of three BOPS budgets (those of uniform 3 and 4 bit, and halfway between uniform 2 and 3 bit): the searched
-scheme, five random schemes that use 97 to 100 % of the budget, and the uniform scheme where there is one.  All are
-trained alike, each with the same three seeds, and evaluated as integers.  Rows that the output already has are kept.
+For each of three BOPS budgets (those of uniform 3 and 4 bit, and halfway between uniform 2 and 3 bit): the schemes
+that the search finds by each metric, five random schemes that use 97 to 100 % of the budget, and the uniform scheme
+where there is one.  All are trained alike, each with the same three seeds, and evaluated as integers.  Rows that the
+output already has are kept.
 A summary and a picture are written beside it.
 """
 
@@ -14,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,11 +31,11 @@ from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import create_model
 from utils.plots import plot_runs
 from utils.provenance import commit, read_csv, write_csv
-from utils.quantization_utils.bit_width_problem import Budget, Group, Problem, groups_of
+from utils.quantization_utils.bit_width_problem import Budget, Group, groups_of
 from utils.quantization_utils.bit_width_search import solve
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.layer_costs import build_problem, fixed_layers
-from utils.quantization_utils.sensitivity import METRICS, Sensitivities, Settings, measure
+from utils.quantization_utils.sensitivity import METRICS, TRACE, Sensitivities, Settings, measure
 from utils.quantization_utils.training import configure
 from utils.run_data import Data, DataFlags, inputs, load_data
 from utils.trainer import Recipe, Trainer
@@ -45,7 +46,6 @@ WIDTHS = (2, 3, 4, 6, 8)
 BUDGETS = {"2.5 bit": (2, 3), "3 bit": (3,), "4 bit": (4,)}  # name -> uniform widths whose mean BOPS it is
 RANDOM_SCHEMES, SEEDS, LEAST_USE = 5, (0, 1, 2), 0.97
 SEARCHED, UNIFORM, RANDOM = "searched", "uniform", "random"
-KINDS = (SEARCHED, UNIFORM, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,17 @@ class Setting:
     steps: int
     lr: float
     images: int
-    metric: str
+    metrics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scheme under one budget.  bits: by layer, of weights and input."""
+    """One scheme under one budget.  bits: by layer, of weights and input.  damage: by the metric."""
 
     budget: str
     kind: str
     bits: Mapping[str, int]
+    metric: str
     damage: float
     bops_g: float
     size_mib: float
@@ -84,34 +85,45 @@ def images_of(setting: Setting, run: Experiment, seed: int, train: bool) -> Data
     return load_data(flags, run.preprocess, run.info.num_classes, train=train, calibration=setting.images)
 
 
-def sensitivities(setting: Setting) -> Sensitivities:
-    """Damage of every layer at every width, measured once."""
+def searched(metric: str) -> str:
+    """Kind of the schemes that are searched by a metric; the default one needs no name."""
+    return SEARCHED if metric == TRACE else f"{SEARCHED} by {metric}"
+
+
+def sensitivities(setting: Setting, metric: str) -> Sensitivities:
+    """Damage of every layer at every width."""
     run = experiment(setting, "uniform8")
     loader = images_of(setting, run, seed=0, train=False).calibration
     assert loader is not None
     calibrate(run.model, inputs(loader, len(loader), run.preprocess, run.device, "calibration"))
     batches = [(normalize(images, run.preprocess), labels) for images, labels in loader]
-    return measure(run.model, batches, setting.metric, WIDTHS, Settings(arch=ARCH))
+    return measure(run.model, batches, metric, WIDTHS, Settings(arch=ARCH))
 
 
 def cases(setting: Setting) -> Iterator[Case]:
     """All schemes to train."""
     run = experiment(setting, "uniform8")
-    damage = sensitivities(setting).damage
     fixed = {name: bits for name, (bits, _) in fixed_layers(run.layers).items()}
-    free = build_problem(run.layers, damage, WIDTHS, (), fixed=fixed, allow_useless_bits=True)
-    groups, _ = groups_of(free)
+    problems = {
+        metric: build_problem(
+            run.layers, sensitivities(setting, metric).damage, WIDTHS, (), fixed=fixed, allow_useless_bits=True
+        )
+        for metric in setting.metrics
+    }
+    groups_by = {metric: groups_of(problem)[0] for metric, problem in problems.items()}
+    first, groups = next(iter(groups_by.items()))
     for number, (budget, widths) in enumerate(BUDGETS.items()):
         uniforms = [_uniform(groups, bits) for bits in widths]
         limit = statistics.mean(_sum(groups, choice, "bops") for choice in uniforms)
-        problem = Problem(free.layers, (Budget("bops", limit),), free.ties, fixed, allow_useless_bits=True)
-        best = solve(problem).bits
-        yield _case(budget, SEARCHED, groups, [group.bits.index(best[group.names[0]]) for group in groups])
+        for metric, free in problems.items():
+            best = solve(replace(free, budgets=(Budget("bops", limit),))).bits
+            choice = [group.bits.index(best[group.names[0]]) for group in groups]
+            yield _case(budget, searched(metric), groups_by[metric], choice, metric)
         if len(widths) == 1:
-            yield _case(budget, UNIFORM, groups, uniforms[0])
+            yield _case(budget, UNIFORM, groups, uniforms[0], first)
         for i in range(RANDOM_SCHEMES):
             choice = _random(groups, limit, np.random.default_rng([number, i]))
-            yield _case(budget, f"{RANDOM} {i + 1}", groups, choice)
+            yield _case(budget, f"{RANDOM} {i + 1}", groups, choice, first)
 
 
 def _uniform(groups: Sequence[Group], bits: int) -> list[int]:
@@ -132,10 +144,10 @@ def _sum(groups: Sequence[Group], choice: Sequence[int], kind: str) -> float:
     return sum(group.costs[kind][i] for group, i in zip(groups, choice, strict=True))
 
 
-def _case(budget: str, kind: str, groups: Sequence[Group], choice: Sequence[int]) -> Case:
+def _case(budget: str, kind: str, groups: Sequence[Group], choice: Sequence[int], metric: str) -> Case:
     bits = {name: group.bits[i] for group, i in zip(groups, choice, strict=True) for name in group.names}
     damage = sum(group.damage[i] for group, i in zip(groups, choice, strict=True))
-    return Case(budget, kind, bits, damage, _sum(groups, choice, "bops"), _sum(groups, choice, "size"))
+    return Case(budget, kind, bits, metric, damage, _sum(groups, choice, "bops"), _sum(groups, choice, "size"))
 
 
 class _Quiet:
@@ -198,7 +210,7 @@ def _row(setting: Setting, case: Case, seed: int, before: float, after: float) -
         "bops_g": round(case.bops_g, 4),
         "size_mib": round(case.size_mib, 4),
         "damage": f"{case.damage:.4g}",
-        "metric": setting.metric,
+        "metric": case.metric,
         "steps": setting.steps,
         "lr": setting.lr,
         "bits": " ".join(str(bits) for bits in case.bits.values()),
@@ -206,15 +218,25 @@ def _row(setting: Setting, case: Case, seed: int, before: float, after: float) -
     }
 
 
+def _kind(row: Mapping[str, object]) -> str:
+    return RANDOM if str(row["scheme"]).startswith(RANDOM) else str(row["scheme"])
+
+
+def _kinds(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Kinds of schemes that there are rows of, the searched ones first."""
+    order = [*map(searched, METRICS), UNIFORM, RANDOM]
+    return sorted({_kind(row) for row in rows}, key=order.index)
+
+
 def _rows_of(rows: Sequence[Mapping[str, object]], budget: str, kind: str) -> list[Mapping[str, object]]:
-    return [row for row in rows if row["budget"] == budget and str(row["scheme"]).startswith(kind)]
+    return [row for row in rows if row["budget"] == budget and _kind(row) == kind]
 
 
 def summary(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """One row for each budget and kind of scheme: mean, spread over all runs, and the worst and best."""
     found = []
     for budget in BUDGETS:
-        for kind in KINDS:
+        for kind in _kinds(rows):
             own = _rows_of(rows, budget, kind)
             if not own:
                 continue
@@ -239,7 +261,7 @@ def groups_of_runs(rows: Sequence[Mapping[str, object]]) -> dict[str, dict[str, 
     """Budget -> kind of scheme -> top-1 of the runs of each of its schemes."""
     found: dict[str, dict[str, list[list[float]]]] = {budget: {} for budget in BUDGETS}
     for budget in BUDGETS:
-        for kind in KINDS:
+        for kind in _kinds(rows):
             by_scheme: dict[object, list[float]] = {}
             for row in _rows_of(rows, budget, kind):
                 by_scheme.setdefault(row["scheme"], []).append(float(str(row["top1"])))
@@ -254,12 +276,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="N", help=f"of training, batches of {BATCH}")
     parser.add_argument("--lr", type=float, default=0.01, help="falls to 0 as a cosine")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="for calibration and sensitivities")
-    parser.add_argument("--metric", choices=METRICS, default="trace")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=[TRACE, "kl"], help="what is searched by")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one thread each")
     parser.add_argument("--runs", type=int, metavar="N", help="at most so many more (0: only the summary)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/search_effect.csv"), metavar="FILE")
     args = parser.parse_args()
-    setting = Setting(args.weights, args.data, args.steps, args.lr, args.images, args.metric)
+    setting = Setting(args.weights, args.data, args.steps, args.lr, args.images, tuple(args.metrics))
     rows = measure_all(setting, args.jobs, args.output, args.runs)
     table = summary(rows)
     write_csv(args.output.with_name(f"{args.output.stem}_summary.csv"), table)

@@ -35,7 +35,8 @@ SEARCH_FLAGS: tuple[Row, ...] = (
         "--search-metric",
         NAME,
         TRACE,
-        "damage of a layer: Hessian trace times quantization error, or fisher, loss, kl or sqnr",
+        "damage of a layer: trace (of the Hessian, times the error of the weights), trace+activations (also of what "
+        "the layer reads), fisher, loss, kl or sqnr",
     ),
     ("--search-images", COUNT, DEFAULT_IMAGES, "images on which the damage is measured"),
     (

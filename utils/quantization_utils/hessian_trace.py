@@ -68,15 +68,19 @@ def new_sums(images: int, model: QuantizedModel, activations: bool) -> dict[str,
 
 
 def hessian_traces(
-    model: QuantizedModel, batches: Sequence[Labelled], settings: Settings, progress: Progress
+    model: QuantizedModel,
+    batches: Sequence[Labelled],
+    settings: Settings,
+    progress: Progress,
+    activations: bool = False,
 ) -> dict[str, Trace]:
-    """Traces by layer name, and of what layers read under ``input of NAME`` where ``settings.activations`` says so.
+    """Traces by layer name, and, with ``activations``, of what layers read under ``input of NAME``.
 
     progress: holds :func:`new_sums`.  The model must be inside ``untouched``.  Raises UserError for a loss that is
     not finite, and for a network with an operator that cannot be differentiated twice.
     """
     model.enable(False)
-    unknowns = Unknowns(model, settings.activations)
+    unknowns = Unknowns(model, activations)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     count, rounds = len(images), math.ceil(settings.max_probes / PROBES_PER_VISIT)
     classes = _classes(model, images[:1])

@@ -3,13 +3,13 @@
 Metrics, all on the same few images, all above the float network (with BatchNorms folded):
 
 * ``trace`` (default): mean Hessian trace of the layer's folded weights times the squared error of those weights, as
-  in HAWQ-V2 and V3; on request plus the same product of the tensor the layer reads.
+  in HAWQ-V2 and V3.  ``trace+activations``: plus the same product of the tensor the layer reads.
 * ``fisher``: the empirical Fisher's diagonal instead of the Hessian, weight by weight.
 * ``loss``, ``kl``, ``sqnr``: what happens to the loss, to the output distribution (Kullback-Leibler divergence), and
   to the logits (noise over signal) when this layer alone is quantized, its weights and the tensor it reads.
 
 ``trace`` and ``fisher`` speak of weights, so layers that share an activation quantizer need no special care; what the
-others (and the activation part of the trace) say of a shared tensor is about one reader at a time.
+others, ``trace+activations`` among them, say of a shared tensor is about one reader at a time.
 """
 
 import json
@@ -33,7 +33,9 @@ from utils.quantization_utils.single_layer import Ranges, require_calibrated, si
 
 __all__ = ["METRICS", "Sensitivities", "Settings", "measure"]
 
-METRICS = ("trace", "fisher", "loss", "kl", "sqnr")
+TRACE, TRACE_ACTIVATIONS = "trace", "trace+activations"
+TRACES = (TRACE, TRACE_ACTIVATIONS)
+METRICS = (*TRACES, "fisher", "loss", "kl", "sqnr")
 FORMAT, VERSION = "hawq sensitivities", 1
 BITS = range(2, 9)
 Table = dict[str, dict[int, float]]
@@ -44,7 +46,7 @@ class Sensitivities:
     """Expected damage of every quantizable layer at every bit width; additive over layers, lower is better.
 
     metric: one of ``METRICS``.  images: number it was measured on.  damage, standard_error: by layer name and bits.
-    The error of ``trace`` is that of its probes for these very images; of the others, that of the images as a sample.
+    The error of the traces is that of their probes for these very images, of the others that of the images as a sample.
     """
 
     metric: str
@@ -113,7 +115,7 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Table:
 def measure(
     model: QuantizedModel,
     batches: Iterable[Labelled],
-    metric: str = "trace",
+    metric: str = TRACE,
     widths: Sequence[int] = (4, 8),
     settings: Settings = Settings(),  # noqa: B008  frozen
     state: Path | None = None,
@@ -126,7 +128,7 @@ def measure(
     state: file to go on from after an interruption; the result is the same as without one.  Same seed, same result
     on the same number of threads.
 
-    Raises UserError for an unknown metric or width, fewer than two images (except for ``trace``), a model that is not
+    Raises UserError for an unknown metric or width, fewer than two images (except for the traces), a model that is not
     calibrated, a loss that is not finite, and a state file of another measurement.
     """
     if metric not in METRICS:
@@ -137,16 +139,17 @@ def measure(
     require_calibrated(model)
     kept = [(images, labels) for images, labels in batches if len(images)]
     count = sum(len(images) for images, _ in kept)
-    least = 1 if metric == "trace" else 2
+    least = 1 if metric in TRACES else 2
     if count < least:
         raise UserError(f"sensitivities ({metric}) got {count} images, expected at least {least}")
     given, inputs = settings_given(settings, metric, widths), digest(model, kept) if state else ""
     with untouched(model):
-        fresh = new_sums(count, model, settings.activations) if metric == "trace" else new_values(model, widths, count)
+        activations = metric == TRACE_ACTIVATIONS
+        fresh = new_sums(count, model, activations) if metric in TRACES else new_values(model, widths, count)
         progress = Progress(state, given, inputs, fresh, settings.save_seconds)
         ranges = ranges_at(model, [images for images, _ in kept], widths, settings.calibration)
         job = _Job(model, kept, widths, ranges, progress)
-        damage, error = _trace(job, settings) if metric == "trace" else _by_image(job, metric)
+        damage, error = _trace(job, settings, activations) if metric in TRACES else _by_image(job, metric)
     return Sensitivities(metric, settings.arch, count, damage, error)
 
 
@@ -161,14 +164,14 @@ class _Job:
     progress: Progress
 
 
-def _trace(job: _Job, settings: Settings) -> tuple[Table, Table]:
+def _trace(job: _Job, settings: Settings, activations: bool) -> tuple[Table, Table]:
     model, widths = job.model, job.widths
-    traces = hessian_traces(model, job.batches, settings, job.progress)
+    traces = hessian_traces(model, job.batches, settings, job.progress, activations)
     errors: dict[str, dict[int, float]] = {
         name: {bits: float(error.square().sum(dtype=torch.float64)) for bits, error in row.items()}
         for name, row in weight_errors(model, widths, job.ranges).items()
     }
-    if settings.activations:
+    if activations:
         inputs = activation_errors(model, [images for images, _ in job.batches], widths, job.ranges)
         errors |= {input_name(name): row for name, row in inputs.items()}
     damage: Table = {name: dict.fromkeys(widths, 0.0) for name in sites(model)}

@@ -25,9 +25,9 @@ class Settings:
     """How sensitivities are measured.
 
     arch: name of the network, only noted.  seed: of the probes.  Trace: it stops at a relative standard error of
-    ``tolerance`` on the ``largest`` layers by number of weights, or at ``max_probes`` for every image; activations:
-    adds the damage of the tensor a layer reads.  calibration: how activation ranges are found at widths that are not
-    the model's own, see :func:`calibrate`.  save_seconds: between two writes of the state file.
+    ``tolerance`` on the ``largest`` layers by number of weights, or at ``max_probes`` for every image.  calibration:
+    how activation ranges are found at widths that are not the model's own, see :func:`calibrate`.  save_seconds:
+    between two writes of the state file.
     """
 
     arch: str = ""
@@ -35,7 +35,6 @@ class Settings:
     tolerance: float = 0.05
     largest: int = 10
     max_probes: int = 64
-    activations: bool = False
     calibration: str = "mse"
     save_seconds: float = 10.0
 

@@ -81,10 +81,10 @@ def network(kind: Callable[[], nn.Module]) -> QuantizedModel:
     return model
 
 
-def traces(model: QuantizedModel, settings: Settings) -> dict[str, Trace]:
-    progress = Progress(None, {}, "", new_sums(COUNT, model, settings.activations), 1e9)
+def traces(model: QuantizedModel, settings: Settings, activations: bool = False) -> dict[str, Trace]:
+    progress = Progress(None, {}, "", new_sums(COUNT, model, activations), 1e9)
     with untouched(model):
-        return hessian_traces(model, [(images(), labels())], settings, progress)
+        return hessian_traces(model, [(images(), labels())], settings, progress, activations)
 
 
 def quant_layers(model: QuantizedModel) -> dict[str, QuantLayer]:
@@ -167,7 +167,7 @@ def test_the_curvature_of_the_logits_matters() -> None:
 
 def test_traces_of_what_layers_read() -> None:
     model = network(Piecewise)
-    found = traces(model, replace(ALL, activations=True))
+    found = traces(model, ALL, activations=True)
     module = model.model.eval()
     assert isinstance(module, Piecewise)
 

@@ -171,7 +171,7 @@ def test_trace_is_the_mean_trace_times_the_squared_weight_error(layer: str) -> N
 
 
 def test_trace_with_activations_adds_the_damage_of_what_a_layer_reads() -> None:
-    weights, both = of("trace"), of("trace", settings=replace(SETTINGS, activations=True))
+    weights, both = of("trace"), of("trace+activations")
     module = network().model.eval()
     assert isinstance(module, Small)
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(metric: str) -> None:
 
 
 def test_wrong_arguments_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="metric is 'hessian', expected one of trace, fisher, loss, kl, sqnr"):
+    with pytest.raises(UserError, match=r"metric is 'hessian', expected one of trace, trace.activations"):
         of("hessian")
     with pytest.raises(UserError, match="the widths are 1, 4, expected some of 2 to 8"):
         of("loss", (4, 1))
