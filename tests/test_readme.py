@@ -1,4 +1,4 @@
-"""What the README tells users to type works."""
+"""What the README and the documents tell users to type works, and what they point to exists."""
 
 import re
 import shlex
@@ -14,16 +14,20 @@ from tvm_benchmark.compile import build_parser as compile_parser
 from utils.integer_graph.__main__ import main as integer_graph
 from utils.train_flags import build_parser
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_commands_have_flags_that_exist() -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("python quant_train.py")]
-    assert len(lines) >= 5
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_flags_that_exist(page: Path) -> None:
+    shell = [line for block in blocks("sh", page) for line in block.splitlines()]
+    lines = [line for line in shell if line.startswith("python quant_train.py")]
+    assert len(lines) >= 5 or page != README
     for line in lines:
         build_parser().parse_args(shlex.split(line, comments=True)[2:])
 
@@ -53,3 +57,15 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     exec(compile(block, "README.md", "exec"), {})
     assert "Accuracy(top1=" in capsys.readouterr().out
     assert integer_graph(["info", str(tmp_path / "model.safetensors")]) == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    files = [link for link in links if "://" not in link]
+    assert files or page != README
+    assert [link for link in files if not (page.parent / link).is_file()] == []
+
+
+def test_demo_picture_is_small() -> None:
+    assert (ROOT / "docs" / "demo.png").stat().st_size < 100_000
