@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +272,7 @@ def plot_runs(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence[fl
             for i, values in enumerate(schemes):
                 place = x + 0.1 * (i - (len(schemes) - 1) / 2)
                 axes.plot([place] * len(values), values, marker, color=colour)
-        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_xticks(range(len(kinds)), [textwrap.fill(kind, 9) for kind in kinds], fontsize=9)
         axes.set_xlim(-0.5, len(kinds) - 0.5)
         axes.set_title(title, fontsize=10)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
