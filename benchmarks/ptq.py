@@ -22,8 +22,10 @@ RECIPES = (
     ("w4a8", "minmax"),
     ("w4a8", "mse"),
     ("w4a8", "mse+equalize+bias"),
+    ("w4a8", "mse+descent"),
     ("w4a8", "mse+adaround"),
     ("w4a4", "mse"),
+    ("w4a4", "mse+descent"),
     ("w4a4", "mse+adaround"),
     ("w4a4", "mse+block"),
 )

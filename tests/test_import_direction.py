@@ -21,9 +21,9 @@ FOLDERS = ("utils", "benchmarks", "examples", "tvm_benchmark", "zoo")
 RANKS: tuple[str, ...] = (
     """/tvm_benchmark.memory /tvm_benchmark.script /tvm_benchmark.timing errors flag_kinds hawq.arithmetic
     hawq.names integer_graph.ir metrics quantization_utils.backends quantization_utils.cost_model
-    quantization_utils.dyadic quantization_utils.fold_bn quantization_utils.observers
-    quantization_utils.published_ptq quantization_utils.quant_primitives quantization_utils.windows seeded tables
-    /zoo.transfer""",
+    quantization_utils.dyadic quantization_utils.fold_bn quantization_utils.least_squares
+    quantization_utils.observers quantization_utils.published_ptq quantization_utils.quant_primitives
+    quantization_utils.windows seeded tables /zoo.transfer""",
     """/bit_config /tvm_benchmark.isa /tvm_benchmark.layout /tvm_benchmark.runtime atomic_file distillation
     image_sources integer_graph.reference integer_graph.torch_rescale integer_graph.type_rules preprocess
     quantization_utils.bit_width_problem quantization_utils.capture quantization_utils.quant_modules
@@ -59,7 +59,8 @@ RANKS: tuple[str, ...] = (
     quantization_utils.reconstruction_fit random_networks run_state""",
     """/benchmarks.calibration_cost /benchmarks.engine_speed /benchmarks.equality /benchmarks.families
     /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials
-    quantization_utils.reconstruction_state quantization_utils.sensitivity_images /zoo.runs""",
+    quantization_utils.reconstruction_state quantization_utils.row_fit quantization_utils.sensitivity_images
+    /zoo.runs""",
     """/tvm_benchmark.compile doctor.examine quantization_utils.reconstruct quantization_utils.sensitivity""",
     """/benchmarks.search_effect /benchmarks.sensitivity_cost /benchmarks.tvm_equality /benchmarks.tvm_memory
     /tvm_benchmark.layer_latency /tvm_benchmark.validate calibration_run doctor.advice search_run""",

@@ -15,7 +15,7 @@ from utils.preprocess import Preprocess
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.ptq import quantize_after_training
-from utils.quantization_utils.ptq_recipe import parse_recipe
+from utils.quantization_utils.ptq_recipe import BLOCK, DESCENT, parse_recipe
 from utils.quantization_utils.reconstruct import LayerResult, Settings, most_images, reconstruct
 from utils.quantization_utils.sqnr import format_worst, layer_sqnr
 from utils.run_data import inputs
@@ -68,7 +68,7 @@ def learn_rounding(
     count = sum(map(len, images.batches))
     if not images.flippable or 2 * count > most_images(model, settings):
         return reconstruct(model, images, settings)
-    say("learned rounding from the images and their mirror images")
+    say("rounding by the images and their mirror images")
     return reconstruct(model, images.with_mirrored(), settings)
 
 
@@ -119,17 +119,18 @@ def _quantize(job: Run, images: CalibrationImages) -> dict[str, Tensor]:
 
 
 def _round(job: Run, images: CalibrationImages, model: QuantizedModel) -> None:
-    """``adaround`` or ``block``; finished parts are kept in a file until all are done."""
+    """``descent``, ``adaround`` or ``block``; finished parts are kept in a file until all are done."""
     args, state = job.args, job.args.save_path / ROUNDING_STATE
-    granularity: Granularity = "block" if parse_recipe(args.ptq).rounding == "block" else "layer"
-    settings = replace(SETTINGS[args.ptq_setting](granularity), seed=args.seed, state=state)
-    job.phase, job.kept = "learned rounding", f"finished {granularity}s are in {state}, the same command goes on"
+    rounding = parse_recipe(args.ptq).rounding
+    granularity: Granularity = "block" if rounding == BLOCK else "layer"
+    settings = Settings(steps=0) if rounding == DESCENT else SETTINGS[args.ptq_setting](granularity)
+    settings = replace(settings, seed=args.seed, state=state)
+    how = "least squares" if rounding == DESCENT else "learned rounding"
+    job.phase, job.kept = how, f"finished {granularity}s are in {state}, the same command goes on"
     results = learn_rounding(model, images, settings, lambda line: log.info("  %s", line))
     seconds = sum(result.seconds for result in results)
     improved = sum(result.loss_after < result.loss_nearest for result in results)
-    log.info(
-        "  learned rounding: %d %ss in %.0f s, %d better than nearest", len(results), granularity, seconds, improved
-    )
+    log.info("  %s: %d %ss in %.0f s, %d better than nearest", how, len(results), granularity, seconds, improved)
     job.measured |= {"rounding": [asdict(result) for result in results], "rounding_seconds": seconds}
     state.unlink(missing_ok=True)
     job.phase, job.kept = "calibration", "nothing was saved"

@@ -32,7 +32,7 @@ from utils.train_flags import PUBLISHED, QUICK
 
 SMALL = ("--calib-images", "32", "--agreement-images", "8", "--quant-scheme", "w4a8")
 LAYERS = 5  # of the digits network
-RECIPES = ("mse", "minmax+equalize+bias", "ema_quantile", "mse+adaround")
+RECIPES = ("mse", "minmax+equalize+bias", "ema_quantile", "mse+adaround", "mse+descent")
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,9 @@ def test_a_recipe(recipe: str, start: Callable[..., int], tmp_path: Path, capsys
     assert float(first[1]) == pytest.approx(found["sqnr_db"][lowest], abs=0.06)
 
 
-@pytest.mark.parametrize(("recipe", "units"), [("mse+adaround", LAYERS), ("minmax/mse+block+bias", None)])
+@pytest.mark.parametrize(
+    ("recipe", "units"), [("mse+descent", LAYERS), ("mse+adaround", LAYERS), ("minmax/mse+block+bias", None)]
+)
 def test_learned_rounding_is_reported(recipe: str, units: int | None, start: Any, tmp_path: Path, capsys: Any) -> None:
     assert start(recipe, tmp_path) == 0
     found = report_of(tmp_path)
@@ -109,7 +111,8 @@ def test_learned_rounding_is_reported(recipe: str, units: int | None, start: Any
     assert found["rounding_seconds"] == pytest.approx(sum(result.seconds for result in results))
     better = sum(result.loss_after < result.loss_nearest for result in results)
     part = "block" if units is None else "layer"
-    assert re.search(rf"learned rounding: {len(results)} {part}s in \d+ s, {better} better", capsys.readouterr().out)
+    how = "least squares" if "descent" in recipe else "learned rounding"
+    assert re.search(rf"{how}: {len(results)} {part}s in \d+ s, {better} better", capsys.readouterr().out)
 
 
 def test_rounding_leaves_less_noise_than_nearest(start: Callable[..., int], tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_one_image_calibrates(start: Callable[..., int], tmp_path: Path) -> None
 # ---- stopped --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["mse+adaround", "mse+block+bias"])
+@pytest.mark.parametrize("recipe", ["mse+descent", "mse+adaround", "mse+block+bias"])
 def test_a_stopped_rounding_goes_on(
     recipe: str, start: Callable[..., int], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +169,8 @@ def test_a_stopped_rounding_goes_on(
     assert start(recipe, tmp_path / "halved") == EXIT_INTERRUPTED
     state, said = tmp_path / "halved" / ROUNDING_STATE, capsys.readouterr().err
     part = "blocks" if "block" in recipe else "layers"
-    sentence = f"stopped during the learned rounding; finished {part} are in {state}, the same command goes on"
+    how = "least squares" if "descent" in recipe else "learned rounding"
+    sentence = f"stopped during the {how}; finished {part} are in {state}, the same command goes on"
     assert said.strip().splitlines()[-1] == sentence
     assert {path.name for path in (tmp_path / "halved").iterdir()} == {"log.log", ROUNDING_STATE}
 

@@ -69,7 +69,7 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor], means: Mapp
     """
     model.eval()
     batches = list(batches)
-    shared = _shared(model)
+    shared = shared_biases(model)
     done: list[str] = []
     skipped: dict[str, str] = {}
     bar = tqdm(run_ops(model, batches, quantized=True), "bias correction", len(model.ops), leave=False, disable=None)
@@ -78,7 +78,7 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor], means: Mapp
             continue
         assert isinstance(op.module, QuantLayer | QuantBatchNorm)
         difference = (means[op.name] - channel_means(op, outputs).to(means[op.name].device)).float()
-        why = "its parameters are used twice" if id(_place(op.module)) in shared else _shift(op.module, difference)
+        why = "its parameters are used twice" if op.name in shared else _shift(op.module, difference)
         if why is not None:
             skipped[op.attrs["layer"]] = why
             continue
@@ -97,21 +97,43 @@ def _place(layer: QuantLayer | QuantBatchNorm) -> nn.Module:
     return layer.bn
 
 
-def _shared(model: QuantizedModel) -> set[int]:
-    counts = Counter(id(_place(layer)) for layer in model.weight_layers().values())
-    return {place for place, count in counts.items() if count > 1}
+def shared_biases(model: QuantizedModel) -> set[str]:
+    """Operators whose bias is that of another one too."""
+    places = {op.name: id(_place(op.module)) for op in model.ops if isinstance(op.module, QuantLayer | QuantBatchNorm)}
+    counts = Counter(places.values())
+    return {name for name, place in places.items() if counts[place] > 1}
+
+
+def bias_parameter(layer: QuantLayer | QuantBatchNorm) -> nn.Parameter | None:
+    """The bias of a layer, or of its BatchNorm, if there is one."""
+    found = _bias(layer)
+    return None if isinstance(found, str) else found[0]
+
+
+@torch.no_grad()
+def set_bias(layer: QuantLayer, bias: Tensor) -> None:
+    """Give a layer that has one a bias [O], counted behind its BatchNorm; the same bits whatever it was before."""
+    found = _bias(layer)
+    assert not isinstance(found, str)
+    found[0].zero_()
+    _shift(layer, bias - layer.integer_weights().bias)
 
 
 def _shift(layer: QuantLayer | QuantBatchNorm, difference: Tensor) -> str | None:
     """Add to a layer's outputs [O], or say why that cannot be."""
+    found = _bias(layer)
+    if isinstance(found, str):
+        return found
+    parameter, factor = found
+    parameter.add_(difference / factor)
+    return None
+
+
+def _bias(layer: QuantLayer | QuantBatchNorm) -> tuple[nn.Parameter, Tensor | float] | str:
+    """The parameter that adds to a layer's outputs and what it is multiplied by, or why there is none."""
     place = _place(layer)
     if isinstance(place, _BatchNorm) and place.bias is None and isinstance(layer, QuantLayer):
         if layer.module.bias is None:
             return "neither it nor its BatchNorm has a bias"
-        k = affine_of(place)[0]
-        layer.module.bias.add_(difference / k)
-        return None
-    if not isinstance(place.bias, nn.Parameter):
-        return "it has no bias"
-    place.bias.add_(difference)
-    return None
+        return layer.module.bias, affine_of(place)[0]
+    return (place.bias, 1.0) if isinstance(place.bias, nn.Parameter) else "it has no bias"

@@ -7,7 +7,8 @@ from utils.quantization_utils.calibrators import METHODS, MSE_METHODS
 
 WEIGHT_METHODS = ("minmax", "mse")
 EQUALIZE, BIAS = "equalize", "bias"
-ROUNDINGS = ("adaround", "block")
+DESCENT, ADAROUND, BLOCK = "descent", "adaround", "block"
+ROUNDINGS = (DESCENT, ADAROUND, BLOCK)
 CORRECTIONS = (EQUALIZE, BIAS, *ROUNDINGS)
 POWER, ROUNDING_POWER = 2.0, 2.4  # of the mse searches, alone and in front of learned rounding (MQBench's settings)
 
@@ -46,7 +47,8 @@ def parse_recipe(text: str) -> PtqRecipe:
     if len(calibrators) != 1:
         raise _refusal(text, f"has {len(calibrators)} calibrators")
     if len(set(parts)) < len(parts) or len(rounding) > 1:
-        raise _refusal(text, "has both adaround and block" if len(set(rounding)) > 1 else "names a part twice")
+        twice = len(set(rounding)) < 2
+        raise _refusal(text, "names a part twice" if twice else f"has both {rounding[0]} and {rounding[1]}")
     weights, _, activations = calibrators[0].rpartition("/")
     weights = weights or ("mse" if activations in MSE_METHODS else "minmax")
     return PtqRecipe(weights, activations, EQUALIZE in parts, BIAS in parts, rounding[0] if rounding else None)
@@ -60,5 +62,5 @@ def _is_calibrator(part: str) -> bool:
 def _refusal(text: str, why: str) -> UserError:
     return UserError(
         f"--ptq {text!r} {why}; give one calibrator ({', '.join(METHODS)}, or W/A with W {' or '.join(WEIGHT_METHODS)}"
-        f") and any of {', '.join((EQUALIZE, BIAS))} and {' or '.join(ROUNDINGS)}, joined by +"
+        f") and any of {', '.join((EQUALIZE, BIAS))} and one of {', '.join(ROUNDINGS)}, joined by +"
     )

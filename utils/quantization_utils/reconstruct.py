@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.quantization_utils.adaround import Grid, pin_grid, with_scale, write_integers
+from utils.quantization_utils.bias_correction import bias_parameter, set_bias, shared_biases
 from utils.quantization_utils.blocks import Unit, block_units, layer_units
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
 from utils.quantization_utils.quant_primitives import per_channel
-from utils.quantization_utils.reconstruction_fit import Found, Report, Settings, fit_images, fit_rows, take_scale
+from utils.quantization_utils.reconstruction_fit import Found, Report, Settings, fit_images, take_scale
 from utils.quantization_utils.reconstruction_state import FinishedUnits
-from utils.quantization_utils.rows import draw_rows, has_rows
+from utils.quantization_utils.row_fit import fit_rows, rows_of
+from utils.quantization_utils.rows import has_rows
 from utils.quantization_utils.side_by_side import SideBySide, peak_bytes
 from utils.seeded import integers as random_integers
 
@@ -33,6 +35,7 @@ __all__ = ["LayerResult", "Settings", "reconstruct"]
 
 GIB = 1 << 30
 TINY = 1e-30
+FOUND = ("integers", "weight_scales", "biases", "scales")  # what a state file keeps of a unit
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class _Job:
         self.finished = FinishedUnits(settings, model, together)
         self.walk = SideBySide(model, self.units, together)
         self.alone = _layers_on_their_own(model)
+        self.shared_biases = shared_biases(model)
 
     def _check_memory(self, count: int) -> None:
         most = most_images(self.model, self.settings)
@@ -131,19 +135,19 @@ class _Job:
         unit = self.units[position]
         known = self.finished.find(unit.name)
         if known is not None:
-            found = Found(known["integers"], known["weight_scales"], known["scales"], known["result"]["steps"])
+            found = Found(**{key: known[key] for key in FOUND}, steps=known["result"]["steps"])
             _apply(unit, {name: pin_grid(layer) for name, layer in layers.items()}, found)
             return LayerResult(**known["result"])
         started = time.perf_counter()
         trial = _Trial(self.walk, unit, layers)
         if trial.worthwhile(self.settings):
             name = f"{position + 1}/{len(self.units)} {unit.name}"
-            with tqdm(desc=name, total=self.settings.steps, unit="step", leave=False, disable=None) as bar:
+            with tqdm(desc=name, total=self.settings.steps or None, unit="step", leave=False, disable=None) as bar:
                 self._improve(trial, position, partial(_show, bar, trial))
         result = trial.result(time.perf_counter() - started)
         integers = {name: values.to(torch.int16) for name, values in trial.kept.integers.items()}
-        scales = {"weight_scales": trial.kept.weight_scales, "scales": trial.kept.scales}
-        self.finished.keep(unit.name, {"integers": integers, **scales, "result": asdict(result)})
+        kept = {key: vars(trial.kept)[key] for key in FOUND} | {"integers": integers, "result": asdict(result)}
+        self.finished.keep(unit.name, kept)
         return result
 
     def _improve(self, trial: "_Trial", position: int, report: Report) -> None:
@@ -153,12 +157,11 @@ class _Job:
         single = not others and len(unit.layers) == 1 and has_rows(unit.layers[0]) and not settings.learns_scales
         first = tuple(unit.layers[0].inputs) == unit.inputs  # a block may quantize its input before that
         if single and first and settings.positions:
-            source, target = (self.walk.quantized, unit.inputs[0]), (self.walk.floating, unit.target)
             learned, checked = (
-                draw_rows(grid.layer.module, source, target, seed, images)
-                for images in (self.walk.learned, self.walk.checked)
+                rows_of(unit, self.walk, grid, images, seed) for images in (self.walk.learned, self.walk.checked)
             )
-            found = fit_rows(unit, learned, checked, grid, settings, report)
+            shifts = unit.layers[0].name not in self.shared_biases and bias_parameter(grid.layer) is not None
+            found = fit_rows(unit, learned, checked, grid, settings, report, shifts)
         else:
             found = fit_images(unit, self.walk, trial.grids, settings, seed, report)
         trial.settle(found, by_channel=single)
@@ -179,7 +182,8 @@ class _Trial:
                 "check the weights and the images for NaN or infinity"
             )
         self.steps = 0
-        self.kept = Found({}, {}, {}, 0)
+        self.kept = Found({}, {}, {}, {}, 0)
+        self.biases = {name: grid.layer.integer_weights().bias for name, grid in self.grids.items()}
 
     def worthwhile(self, settings: Settings) -> bool:
         """Whether there is an error to lower and something to choose."""
@@ -202,6 +206,8 @@ class _Trial:
         """
         self.steps = found.steps
         weights = {name: grid.layer.module.weight.detach().clone() for name, grid in self.grids.items()}
+        biases = {name: bias_parameter(grid.layer) for name, grid in self.grids.items()}
+        originals = [(bias, bias.detach().clone()) for bias in biases.values() if bias is not None]
         quantizers = {op.module for op in self.unit.ops if isinstance(op.module, Quantizer)}
         ranges = {quantizer: (quantizer.x_min.clone(), quantizer.x_max.clone()) for quantizer in quantizers}
         for option in [found, replace(found, scales={})] if found.scales else [found]:
@@ -219,6 +225,8 @@ class _Trial:
                 for name, weight in weights.items():
                     self.grids[name].layer.module.weight.copy_(weight)
                     with_scale(self.grids[name], self.grids[name].scale)
+                for bias, original in originals:
+                    bias.copy_(original)
             for quantizer, (x_min, x_max) in ranges.items():
                 quantizer.set_range(x_min, x_max)
 
@@ -228,7 +236,8 @@ class _Trial:
         grid, better = self.grids[name], better.to(integers.device)
         mixed = torch.where(per_channel(better, integers), integers, grid.nearest)
         scales = {key: torch.where(better, scale, grid.scale) for key, scale in found.weight_scales.items()}
-        return Found({name: mixed}, scales, {}, found.steps)
+        biases = {key: torch.where(better, bias, self.biases[key]) for key, bias in found.biases.items()}
+        return Found({name: mixed}, scales, biases, {}, found.steps)
 
     def result(self, seconds: float) -> LayerResult:
         """Numbers of the unit as it stands."""
@@ -239,8 +248,10 @@ class _Trial:
 
 
 def _apply(unit: Unit, grids: Mapping[str, Grid], found: Found) -> None:
-    """Write integers and ranges into the model."""
+    """Write integers, biases and ranges into the model."""
     quantizers = {op.name: op.module for op in unit.ops if isinstance(op.module, Quantizer)}
+    for name, bias in found.biases.items():
+        set_bias(grids[name].layer, bias.to(grids[name].scale))
     for name, integers in found.integers.items():
         write_integers(with_scale(grids[name], found.weight_scales.get(name, grids[name].scale)), integers)
     for name, scale in found.scales.items():

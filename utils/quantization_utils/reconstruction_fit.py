@@ -1,14 +1,13 @@
-"""Finds roundings (and scales) that bring a unit's output near the float network's.
+"""Learns roundings (and scales) that bring a unit's output near the float network's, from whole maps of images.
 
-Two ways to look at the same images: single output positions of one layer as a matrix product (:func:`fit_rows`), or
-whole maps through all operators of a unit (:func:`fit_images`).  The loss is the squared error summed over channels
-and averaged over images and positions.
+The loss is the squared error summed over channels and averaged over images and positions.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -16,23 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.quantization_utils.adaround import Grid, SoftRounding, with_scale
+from utils.quantization_utils.adaround import Grid, SoftRounding
 from utils.quantization_utils.blocks import Unit
-from utils.quantization_utils.output_scales import ROWS, best_scales, rescaled
+from utils.quantization_utils.output_scales import rescaled
 from utils.quantization_utils.quant_modules import Quantizer, evaluated_bias
 from utils.quantization_utils.quant_primitives import (
     MIN_ACTIVATION_SCALE,
     FakeQuantizeLearned,
     dense,
     int_range,
-    per_channel,
 )
-from utils.quantization_utils.rows import Rows
 from utils.quantization_utils.side_by_side import SideBySide, run_unit
 from utils.seeded import permutation
 
-PROBE_ROWS = 1 << 14
 CHECKS = 20
+LEAST_IMAGES, POSITIONS_OF_MAPS = 4, 4  # of whole maps
 SETTLED = 0.999  # a check that lowers the loss by less than 0.1 % found nothing new
 DECIDED = 0.005
 Report = Callable[[int, float], None]  # step and loss
@@ -43,8 +40,10 @@ class Settings:
     """How to reconstruct.  The defaults suit a CPU; :meth:`published` is what papers report.
 
     granularity: ``layer`` (AdaRound) or ``block`` (BRECQ, arXiv 2102.05426, with the plain squared error).
-    steps: per unit.  positions: output positions per step where a unit is one layer, drawn from all images; 0: whole
-    maps of ``batch`` images, as blocks always take them.  lr: of Adam on the rounding variables.
+    steps: of learning per unit, 0: only what needs none.  positions: output positions per step where a unit is one
+    layer, drawn from all images.  Blocks take whole maps of 4 to ``batch`` images, of about four times as many
+    positions, as those of an image resemble each other.  0: whole maps of ``batch`` images always.  lr: of Adam on the
+    rounding variables.
     warmup: first share of the steps without regulariser; beta goes linearly from ``beta_start`` to ``beta_end`` in the
     rest.  patience: twentieths of the steps without a gain of 0.1 % before a unit is done; 0: all steps.
     learn_activation_scales: None: for blocks only.  scale_lr: of Adam on them, falling as a cosine.
@@ -72,9 +71,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.granularity not in ("layer", "block"):
             raise UserError(f"reconstruction by {self.granularity!r} does not exist; give 'layer' or 'block'")
-        for name in ("steps", "batch"):
-            if vars(self)[name] < 1:
-                raise UserError(f"reconstruction got {name} {vars(self)[name]}; give at least 1")
+        for name, least in (("steps", 0), ("batch", 1)):
+            if vars(self)[name] < least:
+                raise UserError(f"reconstruction got {name} {vars(self)[name]}; give at least {least}")
         if self.positions < 0:
             raise UserError(f"reconstruction got positions {self.positions}; give a positive number, or 0 for all")
         if not 0 <= self.warmup < 1:
@@ -85,6 +84,13 @@ class Settings:
         """10,000 steps of 64 images per layer, or 20,000 steps of 32 images per block; lr 1e-3; no early stop."""
         steps, batch = (10_000, 64) if granularity == "layer" else (20_000, 32)
         return cls(granularity, steps, batch, positions=0, lr=1e-3, patience=0, state=state)
+
+    def images(self, unit: Unit) -> int:
+        """Images per step whose whole maps a unit is fitted to."""
+        if self.positions == 0:
+            return self.batch
+        largest = max(prod(op.shape[1:]) for op in unit.ops if len(op.shape) > 1)
+        return min(self.batch, max(LEAST_IMAGES, POSITIONS_OF_MAPS * self.positions // largest))
 
     @property
     def learns_scales(self) -> bool:
@@ -100,7 +106,7 @@ class Settings:
         return self.beta_start + (self.beta_end - self.beta_start) * share, self.regulariser
 
 
-class _Patience:
+class Patience:
     """Says when the loss has settled; the warm-up does not count."""
 
     def __init__(self, settings: Settings) -> None:
@@ -109,9 +115,11 @@ class _Patience:
         self.best, self.idle = math.inf, 0
 
     def due(self, step: int) -> bool:
+        """Whether the loss is to be looked at."""
         return (step + 1) % self.every == 0
 
     def over(self, step: int, loss: float) -> bool:
+        """Whether learning should end, after a look at the loss."""
         if step < self.first or self.most == 0:
             return False
         self.idle = 0 if loss < SETTLED * self.best else self.idle + 1
@@ -119,7 +127,8 @@ class _Patience:
         return self.idle >= self.most
 
 
-def _adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
+def adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
+    """The optimiser of all that is learned here."""
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
@@ -127,68 +136,15 @@ def _adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
 class Found:
     """What a search found; everything by operator name.
 
-    integers: of layers, [O, ...].  weight_scales: [O], of layers' folded weights, where they changed.  scales: of
-    activation quantizers.  steps: taken.
+    integers: of layers, [O, ...].  weight_scales, biases: [O], of layers' folded weights, where they changed.  scales:
+    of activation quantizers.  steps: taken.
     """
 
     integers: dict[str, Tensor]
     weight_scales: dict[str, Tensor]
+    biases: dict[str, Tensor]
     scales: dict[str, Tensor]
     steps: int
-
-
-class _RowsError:
-    """How far a unit's only layer leaves the unit's output from the float network's, on rows."""
-
-    def __init__(self, unit: Unit, rows: Rows, grid: Grid) -> None:
-        self.unit, self.rows, self.name = unit, rows, unit.layers[0].name
-        self.bias = evaluated_bias(grid.layer)[:, None]
-
-    def __call__(self, weights: Tensor, columns: slice) -> Tensor:
-        """Squared errors [O, r] with some weights [O, ...]."""
-        product = self.rows.product(weights, columns) + self.bias
-        values = run_unit(self.unit, dict.fromkeys(self.unit.inputs), {self.name: lambda x: product})
-        return (values[self.unit.target] - self.rows.targets[:, columns]).square()
-
-
-def fit_rows(unit: Unit, rows: Rows, others: Rows, grid: Grid, settings: Settings, report: Report) -> Found:
-    """Scales and integers for a unit's only layer.
-
-    others: of images that are not learned from.  Output channels do not depend on each other: every channel gets the
-    scale whose nearest rounding answers best on the others, and in its steps the rounding that answered best there at
-    a check, the nearest one included.  A layer with more weights a channel than there are positions to learn from, as
-    a classifier has, could else learn the images by heart.
-    """
-    error, other_error = _RowsError(unit, rows, grid), _RowsError(unit, others, grid)
-    grid = with_scale(grid, best_scales(grid, lambda weights: other_error(weights, slice(0, ROWS)).mean(1)))
-    soft, patience = SoftRounding(grid), _Patience(settings)
-    optimiser = _adam([soft.alpha], settings.lr)
-
-    @torch.no_grad()
-    def probed(integers: Tensor) -> Tensor:
-        return other_error(integers * soft.scale, slice(0, PROBE_ROWS)).mean(1)
-
-    best = grid.nearest
-    lowest = probed(best)
-    count = rows.targets.shape[1]
-    width = min(settings.positions, count)
-    for step in range(settings.steps):
-        start = min(step * width % count, count - width)
-        loss = error(soft.weights(*settings.schedule(step)), slice(start, start + width)).sum() / width
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        if patience.due(step) or step + 1 == settings.steps:
-            integers = soft.integers()
-            losses = probed(integers)
-            better = losses < lowest
-            best = torch.where(per_channel(better, best), integers, best)
-            lowest = torch.minimum(lowest, losses)
-            report(step + 1, float(lowest.sum()))
-            if patience.over(step, float(lowest.sum())):
-                break
-    layer = unit.layers[0].name
-    return Found({layer: best}, {layer: grid.scale}, {}, step + 1)
 
 
 def fit_images(
@@ -200,10 +156,10 @@ def fit_images(
     """
     grids = rescaled(unit, walk, grids, seed)
     joint = _Joint(unit, walk, grids, settings)
-    patience, total = _Patience(settings), 0.0
+    patience, total = Patience(settings), 0.0
     count = len(walk.learned)
-    batch = min(settings.batch, count)
-    per_epoch, order = count // batch, torch.empty(0)
+    batch = min(settings.images(unit), count)
+    per_epoch, order, step = count // batch, torch.empty(0), -1
     for step in range(settings.steps):
         if step % per_epoch == 0:
             order = torch.from_numpy(permutation(count, seed, step // per_epoch))
@@ -216,7 +172,7 @@ def fit_images(
             total = 0.0
     integers = {name: soft.integers() for name, soft in joint.soft.items()}
     weight_scales = {name: grid.scale for name, grid in grids.items()}
-    return Found(integers, weight_scales, {name: joint.limited(name).detach() for name in joint.scales}, step + 1)
+    return Found(integers, weight_scales, {}, {name: joint.limited(name).detach() for name in joint.scales}, step + 1)
 
 
 class _Joint:
@@ -228,9 +184,9 @@ class _Joint:
         self.biases = {name: evaluated_bias(grid.layer) for name, grid in grids.items()}
         self.quantizers = _learnable(unit) if settings.learns_scales else {}
         self.scales = {name: nn.Parameter(q.scale.clone()) for name, q in self.quantizers.items()}
-        self.optimisers = [_adam([soft.alpha for soft in self.soft.values()], settings.lr)]
+        self.optimisers = [adam([soft.alpha for soft in self.soft.values()], settings.lr)]
         if self.scales:
-            self.optimisers.append(_adam(list(self.scales.values()), settings.scale_lr))
+            self.optimisers.append(adam(list(self.scales.values()), settings.scale_lr))
         self.channels = next(op.shape[0] for op in unit.ops if op.name == unit.target)
 
     def step(self, number: int, images: Tensor) -> float:
@@ -242,7 +198,7 @@ class _Joint:
         }
         replaced |= {name: partial(self._quantize, name) for name in self.scales}
         values = run_unit(unit, walk.inputs(unit, images), replaced)
-        error = values[unit.target] - walk.floating.fetch(unit.target, images)
+        error = values[unit.target] - walk.wanted(unit, images)
         loss = error.square().sum() * (self.channels / error.numel())
         for optimiser in self.optimisers:
             optimiser.zero_grad()

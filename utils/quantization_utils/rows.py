@@ -22,11 +22,13 @@ class Rows:
     """Some output positions of a layer.
 
     inputs: float32 [groups, K, R], what a group of output channels sees there (K: input channels of a group times
-    kernel size, in the order of the weights).  targets: float32 [O, R].
+    kernel size, in the order of the weights).  targets: float32 [O, R].  answers: what the layer itself should answer
+    for them, before any activation, where that is known.
     """
 
     inputs: Tensor
     targets: Tensor
+    answers: Tensor | None = None
 
     def product(self, weight: Tensor, columns: slice) -> Tensor:
         """The layer without bias, [O, r], for weights [O, ...]."""
@@ -55,9 +57,14 @@ def draw_rows(
     ones, one after the other; all unless given.
     """
     cache, name = target
-    shape = cache.shape(name)
-    images = range(cache.count) if images is None else images
-    total = len(images) * prod(shape[:-1])
+    shape = cache.shape(name)[:-1]
+    index = draw_positions(module, shape, range(cache.count) if images is None else images, seed)
+    return Rows(inputs_at(module, source, index, shape), cache.rows(name, index).T.contiguous())
+
+
+def draw_positions(module: nn.Conv2d | nn.Linear, shape: tuple[int, ...], images: range, seed: int) -> Tensor:
+    """Numbers of output positions [R], counted through all images; shape: of the output without its channels."""
+    total = len(images) * prod(shape)
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     size = prod(module.weight.shape[1:])
     most = max(1, min(total, MOST_ROWS, MOST_VALUES // (groups * size)))
@@ -66,11 +73,16 @@ def draw_rows(
         index = torch.randperm(total, generator=generator)
     else:
         index = torch.randint(total, (most,), generator=generator)
-    index = (index + images.start * prod(shape[:-1])).to(module.weight.device)
-    wanted = cache.rows(name, index).T.contiguous()
+    return (index + images.start * prod(shape)).to(module.weight.device)
+
+
+def inputs_at(
+    module: nn.Conv2d | nn.Linear, source: tuple[TensorCache, str], index: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    """What a layer reads, float32 [groups, K, R], for output positions [R] of :func:`draw_positions`."""
     if isinstance(module, nn.Linear):
-        return Rows(source[0].rows(source[1], index).T.contiguous()[None], wanted)
-    return Rows(_patches(module, source, index, shape[:2]), wanted)
+        return source[0].rows(source[1], index).T.contiguous()[None]
+    return _patches(module, source, index, shape)
 
 
 def _patches(conv: nn.Conv2d, source: tuple[TensorCache, str], index: Tensor, positions: tuple[int, ...]) -> Tensor:

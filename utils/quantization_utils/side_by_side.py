@@ -45,6 +45,7 @@ class SideBySide:
         self.learned, self.checked = range(self.count - kept), range(self.count - max(1, kept), self.count)
         self.quantized, self.floating = TensorCache(self.count), TensorCache(self.count)
         self._last = _last_readers(units)
+        self._partners = _partners(model)
         for op in model.ops:
             if op.kind == "input":
                 self.quantized.put(op.name, slice(None), images)
@@ -87,16 +88,33 @@ class SideBySide:
             for name in unit.outputs:
                 self.quantized.put(name, index, values[name], self.quantizers.get(name))
 
+    def wanted(self, unit: Unit, index: slice | Tensor) -> Tensor:
+        """What a unit's target should be for some images: the float network's.
+
+        Where it goes into a sum, it makes up for the error of the sum's other branch.
+        """
+        target = self.floating.fetch(unit.target, index)
+        partner = self.partner(unit)
+        if partner is not None:
+            target += self.floating.fetch(partner, index) - self.quantized.fetch(partner, index)
+        return target
+
+    def partner(self, unit: Unit) -> str | None:
+        """The tensor that a unit's target is added to, where both networks have made it already."""
+        name = self._partners.get(unit.target)
+        made = name is not None and name in self.quantized and name in self.floating
+        return name if made else None
+
     @torch.no_grad()
     def errors(self, unit: Unit) -> tuple[Tensor, Tensor]:
-        """Squared errors of the quantized target against the float one, per channel, float64 [C].
+        """Squared errors of the quantized target against :meth:`wanted`, per channel, float64 [C].
 
         Over all images, and over the checked ones alone.
         """
         total, checked = torch.zeros(2, 1, dtype=torch.float64)
         for index in self._batches():
             values = run_unit(unit, self.inputs(unit, index))
-            squares = (values[unit.target] - self.floating.fetch(unit.target, index)).square_()
+            squares = (values[unit.target] - self.wanted(unit, index)).square_()
             total = total + _sums(squares)
             checked = checked + _sums(squares[max(0, self.checked.start - index.start) :])
         return total, checked
@@ -125,6 +143,13 @@ def _last_readers(units: Sequence[Unit]) -> dict[str, int]:
     return last | {name: i for i, unit in enumerate(units) for name in unit.inputs}
 
 
+def _partners(model: QuantizedModel) -> dict[str, str]:
+    """Branches of sums of two, by the other branch; a tensor that goes into more than one sum has none."""
+    sums = [op.inputs for op in model.ops if op.kind == "add" and len(set(op.inputs)) == 2]
+    found = {a: b for pair in sums for a, b in (pair, pair[::-1])}
+    return {name: other for name, other in found.items() if sum(name in pair for pair in sums) == 1}
+
+
 def _sums(x: Tensor) -> Tensor:
     """By channel, float64 [C] on the CPU."""
     rows = channels_last(x)
@@ -138,7 +163,7 @@ def _distinct(unit: Unit) -> tuple[list[str], dict[str, str]]:
     """
     origin: dict[str, str] = {}
     for op in unit.ops:
-        if _passes_in_float(op):
+        if passes_in_float(op):
             origin[op.name] = origin.get(op.inputs[0], op.inputs[0])
     holder = {name: name for name in unit.inputs}
     same: dict[str, str] = {}
@@ -151,7 +176,8 @@ def _distinct(unit: Unit) -> tuple[list[str], dict[str, str]]:
     return [name for name in unit.outputs if name not in same], same
 
 
-def _passes_in_float(op: Op) -> bool:
+def passes_in_float(op: Op) -> bool:
+    """Whether an operator is a quantizer that changes nothing with quantization off."""
     return isinstance(op.module, Quantizer) and not op.module.relu and op.module.ceiling is None
 
 

@@ -30,6 +30,9 @@ class TensorCache:
         """Let a second name stand for the same values."""
         self._stored[name] = self._stored[source]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
     def drop(self, name: str) -> None:
         """Forget a name."""
         del self._stored[name]

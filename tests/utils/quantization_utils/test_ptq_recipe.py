@@ -63,4 +63,4 @@ def test_refusals(text: str, sentence: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"--ptq {text!r} {sentence}; give one calibrator (")
     assert "\n" not in message
-    assert message.endswith("equalize, bias and adaround or block, joined by +")
+    assert message.endswith("equalize, bias and one of descent, adaround, block, joined by +")

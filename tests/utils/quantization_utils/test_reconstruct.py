@@ -16,12 +16,13 @@ from utils.quantization_utils.output_scales import best_scales
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer, evaluated_bias
 from utils.quantization_utils.reconstruct import LayerResult, Settings, reconstruct
-from utils.quantization_utils.reconstruction_fit import fit_rows
+from utils.quantization_utils.row_fit import fit_rows
 from utils.quantization_utils.rows import Rows
 from utils.random_networks import random_images, spread_statistics
 
 QUICK = Settings(steps=60, positions=256, batch=8, lr=0.05)
 BLOCKS = replace(QUICK, granularity="block", scale_lr=1e-3)
+DESCENT = replace(QUICK, steps=0)
 
 
 class Residual(nn.Module):
@@ -90,6 +91,43 @@ def test_every_layer_with_an_error_gets_better(scheme: str) -> None:
     assert all(result.loss_after < result.loss_nearest and result.flipped > 0 for result in gained)
 
 
+@pytest.mark.parametrize("scheme", ["w2a8", "w3a8", "w4a4"])
+def test_least_squares_alone_move_weights_scales_and_biases(scheme: str) -> None:
+    model = network(scheme)
+    before = {name: layer.integer_weights() for name, layer in layers(model).items()}
+    results = reconstruct(model, images(), DESCENT)
+    assert never_worse(results)
+    assert [result.steps for result in results] == [0] * 5
+    for name in ("deep.0", "wide.0", "down.0"):  # first and last layer have 8 bits, their biases stay
+        now = layers(model)[name].integer_weights()
+        for part in ("weight", "scale", "bias"):
+            assert not torch.equal(vars(now)[part], vars(before[name])[part])
+    inner = results[1:4]
+    assert all(result.loss_after < result.loss_nearest for result in inner)
+    assert sum(result.loss_after for result in inner) < 0.8 * sum(result.loss_nearest for result in inner)
+
+
+def test_a_bias_that_two_layers_share_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.first, self.second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+            self.head = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.flatten(self.head(torch.relu(self.norm(self.second(torch.relu(self.norm(self.first(x))))))), 1)
+
+    torch.manual_seed(1)
+    module = Shared()
+    model = quantize(module, torch.zeros(1, 3, 8, 8), "w3a8")
+    calibrate(model, [images()])
+    results = reconstruct(model, images(), DESCENT)
+    assert never_worse(results)
+    assert not module.norm.bias.any()
+    assert module.head.bias is not None
+
+
 def test_the_reported_loss_is_the_loss_of_the_model() -> None:
     """Of the last layer, so that nothing behind it can hide a difference."""
     model = network()
@@ -140,7 +178,7 @@ def test_the_same_seed_gives_the_same_weights(settings: Settings) -> None:
     assert any(not torch.equal(mine[name], others[name]) for name in mine)
 
 
-@pytest.mark.parametrize("settings", [QUICK, BLOCKS])
+@pytest.mark.parametrize("settings", [QUICK, BLOCKS, DESCENT])
 def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, tmp_path: Path) -> None:
     whole, halved = network("w4a4"), network("w4a4")
     expected = reconstruct(whole, images(), settings)

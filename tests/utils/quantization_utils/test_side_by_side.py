@@ -48,6 +48,28 @@ def test_the_last_unit_answers_as_the_whole_network(split: Units) -> None:
     assert not torch.allclose(answers, float_answers(model, batch), atol=1e-2)
 
 
+def test_a_branch_of_a_sum_makes_up_for_the_other_branch() -> None:
+    """What it should be plus what the other branch is, is what the sum should be."""
+    model, batch = network("w2a8"), images(COUNT)
+    units = layer_units(model.ops)
+    walk = SideBySide(model, units, batch)
+    everything, found = slice(None), []
+    for position, unit in enumerate(units):
+        walk.float_outputs(unit)
+        partner = walk.partner(unit)
+        if partner is not None:
+            branches = walk.floating.fetch(unit.target, everything), walk.floating.fetch(partner, everything)
+            other = walk.quantized.fetch(partner, everything)
+            assert not torch.equal(other, branches[1])
+            assert torch.allclose(walk.wanted(unit, everything) + other, sum(branches), atol=1e-5)
+            found.append(unit.name)
+        else:
+            assert torch.equal(walk.wanted(unit, everything), walk.floating.fetch(unit.target, everything))
+        walk.quantized_outputs(unit)
+        walk.forget(position)
+    assert found == ["wide.0"]
+
+
 @pytest.mark.parametrize("split", [layer_units, block_units])
 def test_memory_is_foretold(split: Units) -> None:
     model = network()

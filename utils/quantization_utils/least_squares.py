@@ -1,0 +1,171 @@
+"""Integers, scales and biases of a layer by least squares on what it reads and should answer.
+
+With ``x`` what the quantized layer reads and ``y`` what it should answer, the mean of ``|s z x + b - y|^2`` over output
+positions is a quadratic of the integers ``z``.  Bias and scale have closed forms.  The integers start from rounding
+column by column, each carrying the error of those before it (:func:`nearest_plane`), and then descend one coordinate at
+a time, the scale following (:func:`descend`).  Correlated inputs make this far better than rounding each weight alone.
+
+Sources: GPTQ, arXiv 2210.17323, which is Babai's nearest plane algorithm (arXiv 2507.18553); COMQ, arXiv 2403.07134
+(coordinate descent with scales in closed form); GPTAQ, arXiv 2504.02692 (answers of the float network to its own
+inputs as targets, in part).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SHARES = (0.5, 1.0)  # of the float network's answers in the targets
+RIDGES = (0.02, 0.2)
+STARTS = (0.85, 1.0, 1.15)  # of the scale
+SWEEPS, UNSETTLED = 12, 1e-3  # most sweeps; share of integers that must change for another one
+MOST_COLUMNS = 2048  # of nearest_plane, whose time grows with their cube
+COLUMNS = 128  # whose changes reach the other columns together
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Squared error of a layer in its weights, by output channel; biases are those that leave no mean error.
+
+    Float64.  gram: [G, K, K], second moments of the inputs of each group about their means (K: inputs of an output
+    position).  cross: [O, K], of targets and inputs.  inputs: [G, K], targets: [O], the means.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    inputs: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor) -> "Quadratic":
+        """From output positions: inputs [G, K, R] and targets [O, R], float32."""
+        groups, _, count = inputs.shape
+        mean, wanted = inputs.mean(2), targets.mean(1)
+        centred = inputs - mean[:, :, None]
+        rest = (targets - wanted[:, None]).reshape(groups, -1, count)
+        gram, cross = (part @ centred.transpose(1, 2) / count for part in (centred, rest))
+        return cls(gram.double(), cross.flatten(0, 1).double(), mean.double(), wanted.double())
+
+    def times(self, weights: Tensor) -> Tensor:
+        """Every row of weights [O, K] times the second moments of its group."""
+        groups, size, _ = self.gram.shape
+        return (weights.reshape(groups, -1, size) @ self.gram).reshape(weights.shape)
+
+    def bias(self, weights: Tensor) -> Tensor:
+        """The bias [O] without a mean error for weights [O, K]."""
+        groups, size, _ = self.gram.shape
+        return self.targets - (weights.reshape(groups, -1, size) @ self.inputs[:, :, None]).flatten()
+
+    def best_scale(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """The scale [O] with the least error for integers [O, K]; ``scale`` where there is no positive one."""
+        overlap, norm = (integers * self.cross).sum(1), (self.times(integers) * integers).sum(1)
+        return torch.where((overlap > 0) & (norm > 0), overlap / norm.clamp_min(TINY), scale)
+
+    def near(self, weights: Tensor, share: float, ridge: float) -> "Quadratic":
+        """A quadratic that also holds the weights near some weights [O, K]: few images are easily learned by heart.
+
+        share: of the targets; the rest are the answers of these weights to the same inputs.  ridge: pull on each
+        weight, as a part of its own second moment.
+        """
+        gram = self.gram + ridge * torch.diag_embed(self._squares())
+        held = replace(self, gram=gram)
+        own = held.times(weights)
+        return replace(held, cross=share * (self.cross + own - self.times(weights)) + (1 - share) * own)
+
+    def repeated(self, count: int) -> "Quadratic":
+        """Every output channel ``count`` times, one after the other."""
+        cross, targets = (part.repeat_interleave(count, 0) for part in (self.cross, self.targets))
+        return replace(self, cross=cross, targets=targets)
+
+    def _squares(self) -> Tensor:
+        return torch.diagonal(self.gram, dim1=1, dim2=2)
+
+
+def nearest_plane(quadratic: Quadratic, scale: Tensor, high: int) -> Tensor:
+    """Integers [O, K] in -high..high for scales [O], column after column from the one with the largest moment on.
+
+    Each column is rounded where the error of those before it is made up for best.  Only for layers of one group.
+    """
+    (gram,) = quadratic.gram
+    order = torch.argsort(gram.diagonal())
+    squares = gram.diagonal()[order]
+    damped = gram[order][:, order] + torch.diag(1e-6 * squares + TINY * (1 + squares.mean()))
+    upper = torch.linalg.cholesky(damped).T
+    best = torch.cholesky_solve(quadratic.cross[:, order].T, upper, upper=True).T
+    integers = torch.zeros_like(best)
+    error = torch.zeros_like(best)  # of the weights of the columns that are done
+    for k in range(len(order) - 1, -1, -1):
+        wanted = best[:, k] + error[:, k + 1 :] @ upper[k, k + 1 :] / upper[k, k]
+        integers[:, k] = (wanted / scale).round().clamp(-high, high)
+        error[:, k] = best[:, k] - scale * integers[:, k]
+    return integers[:, torch.argsort(order)]
+
+
+def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """Integers [O, K] in -high..high and scales [O] from which no change of a single integer helps much.
+
+    The error never rises.  It stops at 12 sweeps over all columns, or when one changes less than 0.1 % of the integers.
+    """
+    groups, size, _ = quadratic.gram.shape
+    integers = integers.clone()
+    squares = torch.diagonal(quadratic.gram, dim1=1, dim2=2).repeat_interleave(len(integers) // groups, 0)
+    for _ in range(SWEEPS):
+        before = integers.clone()
+        wanted, product = quadratic.cross / scale[:, None], quadratic.times(integers)
+        for start in range(0, size, COLUMNS):
+            columns = slice(start, min(start + COLUMNS, size))
+            _sweep(quadratic, integers, wanted, product, squares, columns, high)
+        scale = quadratic.best_scale(integers, scale)
+        if int((integers != before).sum()) <= UNSETTLED * integers.numel():
+            break
+    return integers, scale
+
+
+def _sweep(
+    quadratic: Quadratic,
+    integers: Tensor,
+    wanted: Tensor,
+    product: Tensor,
+    squares: Tensor,
+    columns: slice,
+    high: int,
+) -> None:
+    """One sweep over some columns, in place; ``product`` is kept equal to ``quadratic.times(integers)``."""
+    groups = len(quadratic.gram)
+    gram = quadratic.gram[:, columns, columns]
+    local, old = product[:, columns].clone(), integers[:, columns].clone()
+    for i, k in enumerate(range(columns.start, columns.stop)):
+        square = squares[:, k]
+        best = (integers[:, k] + (wanted[:, k] - local[:, i]) / square.clamp_min(TINY)).round_().clamp_(-high, high)
+        best = torch.where(square > TINY, best, integers[:, k])
+        change = (best - integers[:, k]).reshape(groups, -1, 1)
+        local += (change * gram[:, None, i]).reshape(local.shape)
+        integers[:, k] = best
+    changed = (integers[:, columns] - old).reshape(groups, -1, columns.stop - columns.start)
+    product += (changed @ quadratic.gram[:, columns]).reshape(product.shape)
+
+
+def solutions(
+    quadratic: Quadratic, weights: Tensor, scale: Tensor, high: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Integers [O, K], scales [O] and biases [O] that are worth a look, float64.
+
+    weights: float [O, K].  scale: [O], a good one for plain rounding.  What differs is how far the targets are trusted
+    and where the scale starts; which is best for new images, other images must tell.
+    """
+    rows, size = weights.shape
+    planes = len(quadratic.gram) == 1 and size <= MOST_COLUMNS
+    starts = (scale[:, None] * scale.new_tensor(STARTS)).flatten()
+    for share in SHARES:
+        for ridge in RIDGES:
+            held = quadratic.near(weights, share, ridge).repeated(len(STARTS))
+            if planes:
+                first = nearest_plane(held, starts, high)
+            else:
+                first = (weights.repeat_interleave(len(STARTS), 0) / starts[:, None]).round().clamp(-high, high)
+            integers, found = descend(held, first, held.best_scale(first, starts), high)
+            for i in range(len(STARTS)):
+                own, steps = integers.reshape(rows, -1, size)[:, i], found.reshape(rows, -1)[:, i]
+                yield own, steps, quadratic.bias(own * steps[:, None])

@@ -1,0 +1,150 @@
+"""Brings a single layer's output near the float network's, on single output positions: a product of matrices.
+
+Output channels do not depend on each other, so each keeps what is best for it on images that nothing was learned from.
+A layer with more weights a channel than there are positions to learn from, as a classifier has, could else learn the
+images by heart.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.quantization_utils.adaround import Grid, SoftRounding, with_scale
+from utils.quantization_utils.blocks import Unit
+from utils.quantization_utils.least_squares import Quadratic, solutions
+from utils.quantization_utils.output_scales import ROWS, best_scales
+from utils.quantization_utils.quant_modules import evaluated_bias
+from utils.quantization_utils.quant_primitives import per_channel
+from utils.quantization_utils.reconstruction_fit import Found, Patience, Report, Settings, adam
+from utils.quantization_utils.rows import Rows, draw_positions, inputs_at
+from utils.quantization_utils.side_by_side import SideBySide, passes_in_float, run_unit
+
+PROBE_ROWS = 1 << 14
+EIGHT_BITS = 127  # largest integer from which on plain rounding is good enough
+
+
+def rows_of(unit: Unit, walk: SideBySide, grid: Grid, images: range, seed: int) -> Rows:
+    """Output positions of a unit's only layer, what it reads there in the quantized network, and what it should answer.
+
+    The layer's weights must still be the float network's.
+    """
+    module, (name,) = grid.layer.module, unit.inputs
+    shape = walk.floating.shape(unit.target)[:-1]
+    index = draw_positions(module, shape, images, seed)
+    floats = Rows(inputs_at(module, (walk.floating, name), index, shape), torch.empty(0))
+    answers = floats.product(_weights(grid), slice(None)) + grid.layer.integer_weights().bias[:, None]
+    del floats
+    targets, partner = walk.floating.rows(unit.target, index).T.contiguous(), walk.partner(unit)
+    if partner is not None:
+        lacking = (walk.floating.rows(partner, index) - walk.quantized.rows(partner, index)).T
+        targets += lacking
+        if all(passes_in_float(op) for op in unit.ops if op not in unit.layers):
+            answers += lacking
+    return Rows(inputs_at(module, (walk.quantized, name), index, shape), targets, answers)
+
+
+def _weights(grid: Grid) -> Tensor:
+    """The float weights, folded."""
+    return grid.ratio * per_channel(grid.scale, grid.ratio)
+
+
+class _Error:
+    """How far a unit's only layer leaves the unit's output from where it should be, on rows."""
+
+    def __init__(self, unit: Unit, rows: Rows, grid: Grid) -> None:
+        self.unit, self.rows, self.name = unit, rows, unit.layers[0].name
+        self.bias = evaluated_bias(grid.layer)
+
+    def __call__(self, weights: Tensor, columns: slice) -> Tensor:
+        """Squared errors [O, r] with some weights [O, ...]."""
+        product = self.rows.product(weights, columns) + self.bias[:, None]
+        values = run_unit(self.unit, dict.fromkeys(self.unit.inputs), {self.name: lambda x: product})
+        return (values[self.unit.target] - self.rows.targets[:, columns]).square()
+
+    @torch.no_grad()
+    def probe(self, weights: Tensor, most: int = PROBE_ROWS) -> Tensor:
+        """Mean squared error by channel [O] on the first rows."""
+        return self(weights, slice(0, most)).mean(1)
+
+
+@dataclass
+class _Best:
+    """The best found so far for every channel: bias and scale [O], integers [O, ...] and their error [O]."""
+
+    scale: Tensor
+    integers: Tensor
+    bias: Tensor
+    losses: Tensor
+
+    def offer(self, error: _Error, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor) -> None:
+        """Take over what leaves less error, of these channels (bool [O])."""
+        error.bias = bias
+        losses = error.probe(integers * per_channel(scale, integers))
+        better = channels & (losses < self.losses)
+        self.integers = torch.where(per_channel(better, integers), integers, self.integers)
+        self.scale, self.bias = torch.where(better, scale, self.scale), torch.where(better, bias, self.bias)
+        self.losses = torch.where(better, losses, self.losses)
+
+
+def fit_rows(
+    unit: Unit, rows: Rows, others: Rows, grid: Grid, settings: Settings, report: Report, shifts: bool = False
+) -> Found:
+    """Scales, integers and, where it ``shifts``, biases for a unit's only layer.
+
+    others: rows of images that are not learned from.  First by least squares where every channel can have a scale of
+    its own, then, for ``settings.steps``, by learned rounding in the steps that were found.
+    """
+    error, other_error = _Error(unit, rows, grid), _Error(unit, others, grid)
+    grid = with_scale(grid, best_scales(grid, lambda weights: other_error.probe(weights, ROWS)))
+    best = _Best(grid.scale, grid.nearest, other_error.bias, other_error.probe(grid.nearest * _steps(grid)))
+    _least_squares(rows, other_error, grid, best, shifts)
+    grid = with_scale(grid, best.scale)
+    error.bias = other_error.bias = best.bias
+    steps = _learn(rows, error, other_error, grid, best, settings, report)
+    layer = unit.layers[0].name
+    return Found({layer: best.integers}, {layer: grid.scale}, {layer: best.bias} if shifts else {}, {}, steps)
+
+
+def _steps(grid: Grid) -> Tensor:
+    return per_channel(grid.scale, grid.ratio)
+
+
+@torch.no_grad()
+def _least_squares(rows: Rows, error: _Error, grid: Grid, best: _Best, shifts: bool) -> None:
+    """Offer what least squares find."""
+    symmetric = not isinstance(grid.high, Tensor) and grid.low == -grid.high
+    if rows.answers is None or not symmetric or grid.high >= EIGHT_BITS or not grid.layer.per_channel:
+        return
+    quadratic = Quadratic.of(rows.inputs, rows.answers)
+    weights, scale, own = _weights(grid).flatten(1).double(), grid.scale.double(), best.bias
+    channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
+    nearest = grid.nearest.flatten(1).double()
+    first = nearest, scale, quadratic.bias(nearest * scale[:, None])
+    for integers, size, bias in (first, *solutions(quadratic, weights, scale, grid.high)):
+        whole = integers.to(grid.ratio).reshape(grid.ratio.shape)
+        for choice in (own, bias.to(own)) if shifts else (own,):
+            best.offer(error, size.to(grid.scale), whole, choice, channels)
+
+
+def _learn(
+    rows: Rows, error: _Error, other_error: _Error, grid: Grid, best: _Best, settings: Settings, report: Report
+) -> int:
+    """Learned rounding in the steps of the grid; returns the steps taken."""
+    soft, patience, step = SoftRounding(grid), Patience(settings), -1
+    optimiser = adam([soft.alpha], settings.lr)
+    every = torch.ones_like(best.losses, dtype=torch.bool)
+    count = rows.targets.shape[1]
+    width = min(settings.positions, count)
+    for step in range(settings.steps):
+        first = min(step * width % count, count - width)
+        loss = error(soft.weights(*settings.schedule(step)), slice(first, first + width)).sum() / width
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if patience.due(step) or step + 1 == settings.steps:
+            best.offer(other_error, grid.scale, soft.integers(), best.bias, every)
+            report(step + 1, float(best.losses.sum()))
+            if patience.over(step, float(best.losses.sum())):
+                break
+    return step + 1
