@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SHARES = (0.5, 1.0)  # of the float network's answers in the targets
-RIDGES = (0.02, 0.2)
+RIDGES = (0.01, 0.1, 0.5)
 STARTS = (0.85, 1.0, 1.15)  # of the scale
 SWEEPS, UNSETTLED = 12, 1e-3  # most sweeps; share of integers that must change for another one
 MOST_COLUMNS = 2048  # of nearest_plane, whose time grows with their cube
@@ -152,12 +152,15 @@ def solutions(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Integers [O, K], scales [O] and biases [O] that are worth a look, float64.
 
-    weights: float [O, K].  scale: [O], a good one for plain rounding.  What differs is how far the targets are trusted
-    and where the scale starts; which is best for new images, other images must tell.
+    weights: float [O, K].  scale: [O], a good one for plain rounding.  First this rounding itself with the best bias;
+    the others differ in how far the targets are trusted and where the scale starts.  Which is best for new images,
+    other images must tell.
     """
     rows, size = weights.shape
     planes = len(quadratic.gram) == 1 and size <= MOST_COLUMNS
     starts = (scale[:, None] * scale.new_tensor(STARTS)).flatten()
+    nearest = (weights / scale[:, None]).round().clamp(-high, high)
+    yield nearest, scale, quadratic.bias(nearest * scale[:, None])
     for share in SHARES:
         for ridge in RIDGES:
             held = quadratic.near(weights, share, ridge).repeated(len(STARTS))

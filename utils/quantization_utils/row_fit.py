@@ -5,6 +5,7 @@ A layer with more weights a channel than there are positions to learn from, as a
 images by heart.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from utils.quantization_utils.output_scales import ROWS, best_scales
 from utils.quantization_utils.quant_modules import evaluated_bias
 from utils.quantization_utils.quant_primitives import per_channel
 from utils.quantization_utils.reconstruction_fit import Found, Patience, Report, Settings, adam
-from utils.quantization_utils.rows import Rows, draw_positions, inputs_at
+from utils.quantization_utils.rows import Rows, draw_positions, inputs_at, together
 from utils.quantization_utils.side_by_side import SideBySide, passes_in_float, run_unit
 
 PROBE_ROWS = 1 << 14
@@ -70,21 +71,32 @@ class _Error:
 
 @dataclass
 class _Best:
-    """The best found so far for every channel: bias and scale [O], integers [O, ...] and their error [O]."""
+    """The best found so far for every channel: bias and scale [O], integers [O, ...], their error [O].
+
+    number: [O], of the option it is; -1: of none.
+    """
 
     scale: Tensor
     integers: Tensor
     bias: Tensor
     losses: Tensor
+    number: Tensor
 
-    def offer(self, error: _Error, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor) -> None:
+    def offer(
+        self, error: _Error, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor, number: int = -1
+    ) -> None:
         """Take over what leaves less error, of these channels (bool [O])."""
         error.bias = bias
         losses = error.probe(integers * per_channel(scale, integers))
         better = channels & (losses < self.losses)
-        self.integers = torch.where(per_channel(better, integers), integers, self.integers)
-        self.scale, self.bias = torch.where(better, scale, self.scale), torch.where(better, bias, self.bias)
+        self.take(scale, integers, bias, better)
         self.losses = torch.where(better, losses, self.losses)
+        self.number[better] = number
+
+    def take(self, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor) -> None:
+        """Take over some channels."""
+        self.integers = torch.where(per_channel(channels, integers), integers, self.integers)
+        self.scale, self.bias = torch.where(channels, scale, self.scale), torch.where(channels, bias, self.bias)
 
 
 def fit_rows(
@@ -93,38 +105,45 @@ def fit_rows(
     """Scales, integers and, where it ``shifts``, biases for a unit's only layer.
 
     others: rows of images that are not learned from.  First by least squares where every channel can have a scale of
-    its own, then, for ``settings.steps``, by learned rounding in the steps that were found.
+    its own, then, for ``settings.steps``, by learned rounding in the steps that were found.  Channels for which least
+    squares stay the best are solved once more, in the way that was best for them, with all rows.
     """
     error, other_error = _Error(unit, rows, grid), _Error(unit, others, grid)
     grid = with_scale(grid, best_scales(grid, lambda weights: other_error.probe(weights, ROWS)))
-    best = _Best(grid.scale, grid.nearest, other_error.bias, other_error.probe(grid.nearest * _steps(grid)))
-    _least_squares(rows, other_error, grid, best, shifts)
-    grid = with_scale(grid, best.scale)
+    own = other_error.bias
+    losses = other_error.probe(grid.nearest * per_channel(grid.scale, grid.ratio))
+    best = _Best(grid.scale, grid.nearest, own, losses, torch.full_like(losses, -1, dtype=torch.int64))
+    solvable = _is_solvable(rows, grid)
+    if solvable:
+        channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
+        for number, option in enumerate(_options(rows, grid, own, shifts)):
+            best.offer(other_error, *option, channels, number)
+    start = with_scale(grid, best.scale)
     error.bias = other_error.bias = best.bias
-    steps = _learn(rows, error, other_error, grid, best, settings, report)
+    steps = _learn(rows, error, other_error, start, best, settings, report)
+    if solvable:
+        for number, option in enumerate(_options(together(rows, others), grid, own, shifts)):
+            best.take(*option, best.number == number)
     layer = unit.layers[0].name
-    return Found({layer: best.integers}, {layer: grid.scale}, {layer: best.bias} if shifts else {}, {}, steps)
+    return Found({layer: best.integers}, {layer: best.scale}, {layer: best.bias} if shifts else {}, {}, steps)
 
 
-def _steps(grid: Grid) -> Tensor:
-    return per_channel(grid.scale, grid.ratio)
+def _is_solvable(rows: Rows, grid: Grid) -> bool:
+    """Whether least squares apply: answers are known, integers few and the same on both sides, a scale per channel."""
+    symmetric = not isinstance(grid.high, Tensor) and grid.low == -grid.high
+    return rows.answers is not None and symmetric and grid.high < EIGHT_BITS and grid.layer.per_channel
 
 
 @torch.no_grad()
-def _least_squares(rows: Rows, error: _Error, grid: Grid, best: _Best, shifts: bool) -> None:
-    """Offer what least squares find."""
-    symmetric = not isinstance(grid.high, Tensor) and grid.low == -grid.high
-    if rows.answers is None or not symmetric or grid.high >= EIGHT_BITS or not grid.layer.per_channel:
-        return
+def _options(rows: Rows, grid: Grid, own: Tensor, shifts: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scales [O], integers [O, ...] and biases [O] of every solution, with the layer's own bias and the best one."""
+    assert rows.answers is not None
     quadratic = Quadratic.of(rows.inputs, rows.answers)
-    weights, scale, own = _weights(grid).flatten(1).double(), grid.scale.double(), best.bias
-    channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
-    nearest = grid.nearest.flatten(1).double()
-    first = nearest, scale, quadratic.bias(nearest * scale[:, None])
-    for integers, size, bias in (first, *solutions(quadratic, weights, scale, grid.high)):
-        whole = integers.to(grid.ratio).reshape(grid.ratio.shape)
+    for integers, scale, bias in solutions(
+        quadratic, _weights(grid).flatten(1).double(), grid.scale.double(), grid.high
+    ):
         for choice in (own, bias.to(own)) if shifts else (own,):
-            best.offer(error, size.to(grid.scale), whole, choice, channels)
+            yield scale.to(own), integers.to(own).reshape(grid.ratio.shape), choice
 
 
 def _learn(

@@ -39,6 +39,18 @@ class Rows:
         return torch.bmm(weight.reshape(groups, -1, size), chosen).flatten(0, 1)
 
 
+def together(first: Rows, second: Rows) -> Rows:
+    """The output positions of both."""
+    assert first.answers is not None
+    assert second.answers is not None
+    pairs = (
+        (first.inputs, second.inputs),
+        (first.targets, second.targets),
+        (first.answers, second.answers),
+    )
+    return Rows(*(torch.cat(pair, -1) for pair in pairs))
+
+
 def has_rows(op: Op) -> bool:
     """Whether a layer can be taken apart: a convolution of maps, or a linear layer of vectors or sequences."""
     return len(op.shape) == 3 if op.kind == "conv" else len(op.shape) in (1, 2)
