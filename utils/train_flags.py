@@ -33,7 +33,7 @@ from utils.flag_kinds import (
 )
 from utils.quantization_utils.backends import BACKENDS, DEFAULT, why_not
 from utils.quantization_utils.calibrators import METHODS
-from utils.quantization_utils.ptq_recipe import parse_recipe
+from utils.quantization_utils.ptq_recipe import LEARNED, parse_recipe
 from utils.quantization_utils.quant_modules import RUNNING_MIN_MAX
 from utils.quantization_utils.training import ACT_RANGES
 from utils.search_flags import SEARCH_FLAGS, check_search
@@ -110,8 +110,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--calibration", one_of(*METHODS), MSE, "how activation ranges are found before training"),
         ("--ptq", NAME, None,
          "post-training quantization, parts joined by +: a calibrator of --calibration (mse and ema_mse are for "
-         "weights too; W/A names both, such as mse/ema_quantile), and any of equalize, bias, and adaround or block; "
-         "implies --epochs 0"),
+         "weights too; W/A names both, such as mse/ema_quantile), any of equalize, bias, and one of descent, adaround "
+         "and block; implies --epochs 0"),
         ("--ptq-backend", one_of(*BACKENDS), DEFAULT,
          "whose quantization --ptq does: hawq is the integer graph, the others are simulated in float and evaluated, "
          "without integer graph and checkpoint"),
@@ -119,7 +119,7 @@ FLAGS: dict[str, tuple[Row, ...]] = {
          "how long adaround and block learn: quick suits a CPU, published takes 10,000 steps a layer or 20,000 a "
          "block"),
         ("--mse-power", REAL, None,
-         "p of the mse calibrators' mean |error| to the p (default: 2, and 2.4 with adaround or block)"),
+         "p of the mse calibrators' mean |error| to the p (default: 2, and 2.4 with descent, adaround or block)"),
         ("--calib-images", COUNT, 512, "images of the fixed calibration subset"),
         ("--calib-percentile", PERCENTILE, 99.99, "percentile of --calibration percentile"),
         ("--act-range", one_of(*ACT_RANGES), None,
@@ -318,6 +318,8 @@ def _check_ptq(args: argparse.Namespace) -> None:
         raise UserError("--ptq quantizes, the scheme float does not; give another --quant-scheme")
     if args.calibration not in (MSE, recipe.activations):
         raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
+    if args.ptq_setting != QUICK and recipe.rounding not in LEARNED:
+        raise UserError(f"--ptq {args.ptq} learns nothing; leave out --ptq-setting, or add {' or '.join(LEARNED)}")
 
 
 def _check_simulation(args: argparse.Namespace) -> None:

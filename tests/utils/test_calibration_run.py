@@ -235,6 +235,10 @@ def test_the_published_setting_is_the_published_one(
         (("--ptq", "mse", "--calibration", "kl"), "--ptq mse and --calibration kl differ; leave out --calibration"),
         (("--ptq", "gptq"), "--ptq 'gptq' does not know the part 'gptq'"),
         (("--ptq", "mse+adaround+block"), "--ptq 'mse+adaround+block' has both adaround and block"),
+        (
+            ("--ptq", "mse+descent", "--ptq-setting", PUBLISHED),
+            "--ptq mse+descent learns nothing; leave out --ptq-setting",
+        ),
         (("--ptq", "mse", "--ptq-setting", "slow"), "invalid choice: 'slow'"),
         (("--ptq", "mse", "--calib-images", "0"), "--calib-images"),
         (("--ptq", "mse", "--mse-power", "0"), "--mse-power"),

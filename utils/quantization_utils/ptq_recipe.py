@@ -8,7 +8,8 @@ from utils.quantization_utils.calibrators import METHODS, MSE_METHODS
 WEIGHT_METHODS = ("minmax", "mse")
 EQUALIZE, BIAS = "equalize", "bias"
 DESCENT, ADAROUND, BLOCK = "descent", "adaround", "block"
-ROUNDINGS = (DESCENT, ADAROUND, BLOCK)
+LEARNED = (ADAROUND, BLOCK)
+ROUNDINGS = (DESCENT, *LEARNED)
 CORRECTIONS = (EQUALIZE, BIAS, *ROUNDINGS)
 POWER, ROUNDING_POWER = 2.0, 2.4  # of the mse searches, alone and in front of learned rounding (MQBench's settings)
 
