@@ -23,6 +23,7 @@ from utils.doctor.command import explain
 from utils.errors import Interrupted, UserError, command_line
 from utils.evaluation import agreement
 from utils.experiment import Experiment, scheme_of
+from utils.flag_checks import check, check_outputs, fill_in
 from utils.graph_evaluation import engine_maker, evaluate_graph_file, is_graph_file
 from utils.hawq_run import evaluate_original, evaluates_original, read_original, start_from_original
 from utils.integer_graph.serialize import save as save_graph
@@ -38,7 +39,7 @@ from utils.run_report import TOP1_SIMULATION, format_report, write_json
 from utils.run_state import GRAPH, FloatPhase, Run
 from utils.search_run import search
 from utils.torch_file import read_torch_file
-from utils.train_flags import FLOAT, TORCH, build_parser, check, check_outputs, fill_in
+from utils.train_flags import FLOAT, TORCH, build_parser
 from utils.trainer import Recipe, Trainer
 from zoo.flag import zoo_entry
 

@@ -9,6 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.evaluation import Accuracy, Engine, evaluate
+from utils.flag_checks import check_outputs, fill_in
 from utils.hawq.graph import ARITHMETIC
 from utils.integer_graph.info import MIB, bytes_by_kind
 from utils.integer_graph.ir import Graph
@@ -19,7 +20,7 @@ from utils.provenance import commit
 from utils.run_data import DataFlags, load_data
 from utils.run_log import log
 from utils.run_report import REPORT_KEYS, write_json
-from utils.train_flags import TORCH, check_outputs, fill_in
+from utils.train_flags import TORCH
 
 COMPILED = "tvm"  # folder of the compiled model in the folder of the run
 SUFFIX = ".safetensors"

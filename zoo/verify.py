@@ -10,8 +10,9 @@ from pathlib import Path
 
 import quant_train
 from utils.errors import UserError
+from utils.flag_checks import check
 from utils.run_log import logging_to_console
-from utils.train_flags import build_parser, check
+from utils.train_flags import build_parser
 from zoo import manifest, recipes, store
 from zoo.kinds import Found, check_scheme, identify
 from zoo.manifest import FLOAT, Entry, Own

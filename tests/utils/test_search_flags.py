@@ -6,9 +6,10 @@ import shlex
 import pytest
 
 from utils.errors import UserError
+from utils.flag_checks import check, fill_in
 from utils.quantization_utils.sensitivity import METRICS
 from utils.search_flags import TRACE, parse_budgets, parse_fixes, parse_widths
-from utils.train_flags import build_parser, check, fill_in
+from utils.train_flags import build_parser
 
 MIB = 2**20
 

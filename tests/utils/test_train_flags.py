@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.train_flags import FLAGS, build_parser, check, fill_in, resume_command
+from utils.flag_checks import check, fill_in
+from utils.train_flags import FLAGS, build_parser, resume_command
 
 # Every flag of the original's quant_train.py, with a value of the kind its users give.
 ORIGINAL = [

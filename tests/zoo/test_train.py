@@ -23,11 +23,12 @@ from utils.digits_net import DIGITS_PREPROCESS
 from utils.errors import EXIT_INTERRUPTED, UserError
 from utils.evaluation import evaluate
 from utils.experiment import Cost, Experiment
+from utils.flag_checks import check
 from utils.integer_graph.serialize import load as load_graph
 from utils.integer_graph.torch_engine import TorchEngine
 from utils.models import create_model
 from utils.run_state import Run
-from utils.train_flags import build_parser, check
+from utils.train_flags import build_parser
 from zoo import flag, manifest, recipes, runs, store, train
 from zoo.manifest import Own, Published
 from zoo.recipes import FULL, SHORT, Recipe

@@ -19,6 +19,7 @@ from utils.doctor.report import report
 from utils.errors import UserError
 from utils.evaluation import evaluation_batch
 from utils.experiment import Experiment, scheme_of
+from utils.flag_checks import check_outputs
 from utils.layer_latency import latency_path
 from utils.models import create_model
 from utils.preprocess import Preprocess
@@ -27,7 +28,6 @@ from utils.quantization_utils.training import configure
 from utils.run_log import log
 from utils.run_state import CHECKPOINT
 from utils.torch_file import read_torch_file
-from utils.train_flags import check_outputs
 
 TEXT, HTML = "explain.txt", "explain.html"
 BATCH = 64
