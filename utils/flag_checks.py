@@ -10,7 +10,7 @@ from utils.data_utils import DIGITS
 from utils.distillation import check_distillation
 from utils.errors import UserError
 from utils.quantization_utils.backends import BACKENDS, DEFAULT, why_not
-from utils.quantization_utils.ptq_recipe import LEARNED, parse_recipe
+from utils.quantization_utils.ptq_recipe import DESCENT, LEARNED, parse_recipe
 from utils.quantization_utils.quant_modules import RUNNING_MIN_MAX
 from utils.search_flags import check_search
 from utils.train_flags import FLOAT, MSE, QUICK, TORCH, TVM
@@ -66,6 +66,8 @@ def _check_ptq(args: argparse.Namespace) -> None:
         raise UserError("--ptq quantizes, the scheme float does not; give another --quant-scheme")
     if args.calibration not in (MSE, recipe.activations):
         raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
+    if recipe.rounding == DESCENT and not args.channel_wise:
+        raise UserError(f"--ptq {args.ptq} needs a scale for every channel; leave out --no-channel-wise")
     if args.ptq_setting != QUICK and recipe.rounding not in LEARNED:
         raise UserError(f"--ptq {args.ptq} learns nothing; leave out --ptq-setting, or add {' or '.join(LEARNED)}")
 

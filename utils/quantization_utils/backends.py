@@ -115,7 +115,9 @@ DEFAULT = "hawq"
 
 
 def why_not(backend: Backend, rounding: str | None) -> str | None:
-    """Why a learned rounding (``adaround``, ``block``) is not offered for an engine; None where it is."""
+    """Why a way of rounding (``descent``, ``adaround``, ``block``) is not offered for an engine; None where it is."""
     if rounding == "block" and not backend.converts:
         return f"block learns activation scales, which the simulation of {backend.name} does not offer; use adaround"
+    if rounding == "descent" and not (backend.weights == "symmetric" and backend.narrow and backend.per_channel):
+        return "descent needs a scale for every channel and the same codes above and below zero; use adaround"
     return None

@@ -135,5 +135,6 @@ def _bias(layer: QuantLayer | QuantBatchNorm) -> tuple[nn.Parameter, Tensor | fl
     if isinstance(place, _BatchNorm) and place.bias is None and isinstance(layer, QuantLayer):
         if layer.module.bias is None:
             return "neither it nor its BatchNorm has a bias"
-        return layer.module.bias, affine_of(place)[0]
+        factor = affine_of(place)[0]
+        return layer.module.bias, torch.where(factor == 0, torch.inf, factor)
     return (place.bias, 1.0) if isinstance(place.bias, nn.Parameter) else "it has no bias"

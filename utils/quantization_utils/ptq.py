@@ -1,8 +1,8 @@
 """Post-training quantization as a recipe says.
 
-Whatever the recipe, the order is: equalise, calibrate activations on the float network, choose weight ranges, learn
-the rounding, correct biases.  Everything ends up in the float model's parameters, in ranges and in learned scales, so
-conversion, checkpoints and later training need to know nothing of it.
+Whatever the recipe, the order is: equalise, calibrate activations on the float network, choose weight ranges, round
+by least squares or learning, correct biases.  Everything ends up in the float model's parameters, in ranges and in
+learned scales, so conversion, checkpoints and later training need to know nothing of it.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,8 +36,9 @@ def quantize_after_training(
 
     batches: float32 [N, C, H, W], normalised, on the model's device, gone through several times.  percentile, power:
     see :func:`calibrators.make_observer` (power: the recipe's own unless given).  per_channel: of weight ranges.
-    rounding: what ``adaround`` or ``block`` calls.  say: gets a line about each step.  Returns the state_dict of the
-    float network that the result stands for, to compare with.  Raises UserError as :func:`calibrate` does.
+    rounding: what ``descent``, ``adaround`` or ``block`` calls.  say: gets a line about each step.  Returns the
+    state_dict of the float network that the result stands for, to compare with.  Raises UserError as :func:`calibrate`
+    does.
     """
     power = recipe.power if power is None else power
     if recipe.equalize:

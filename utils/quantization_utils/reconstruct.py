@@ -65,9 +65,9 @@ def reconstruct(
 
     images: normalised float32 [N, C, H, W], or batches of it, on the model's device; all are kept in memory, and of
     the activations what :class:`SideBySide` needs.  The float weights are changed: they lie on the grid afterwards,
-    with its scale in ``QuantLayer.learned``.  Layers that run more than once, or whose weights are computed, are left
-    alone.  progress: called after every unit.  The same seed and number of threads give the same weights.  With
-    ``settings.state`` finished units are kept in that file, and a later call goes on from there.
+    with its scale in ``QuantLayer.learned``; biases are moved.  Layers that run more than once, or whose weights are
+    computed, are left alone.  progress: called after every unit.  The same seed and number of threads give the same
+    weights.  With ``settings.state`` finished units are kept in that file, and a later call goes on from there.
 
     Raises UserError for a model that is not calibrated, no images, too little memory (``settings.cache_gib``), values
     that are not finite, and a state file of another run.

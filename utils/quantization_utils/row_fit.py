@@ -125,7 +125,8 @@ def fit_rows(
         for number, option in enumerate(_options(together(rows, others), grid, own, shifts)):
             best.take(*option, best.number == number)
     layer = unit.layers[0].name
-    return Found({layer: best.integers}, {layer: best.scale}, {layer: best.bias} if shifts else {}, {}, steps)
+    biases = {layer: best.bias} if shifts and solvable else {}
+    return Found({layer: best.integers}, {layer: best.scale}, biases, {}, steps)
 
 
 def _is_solvable(rows: Rows, grid: Grid) -> bool:

@@ -214,6 +214,8 @@ def test_data():
     assert all(name == backend.name and backend.why for name, backend in BACKENDS.items())
     assert why_not(BACKENDS["hawq"], "block") is None
     assert why_not(BACKENDS["tensorrt"], "adaround") is None
+    assert why_not(BACKENDS["tensorrt"], "descent") is None
+    assert "the same codes above and below zero; use adaround" in str(why_not(BACKENDS["academic"], "descent"))
     assert "the simulation of tensorrt does not offer" in str(why_not(BACKENDS["tensorrt"], "block"))
 
 
