@@ -1,5 +1,6 @@
 """Runs the quantized and the float network side by side, unit after unit, over all calibration images."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -144,10 +145,11 @@ def _last_readers(units: Sequence[Unit]) -> dict[str, int]:
 
 
 def _partners(model: QuantizedModel) -> dict[str, str]:
-    """Branches of sums of two, by the other branch; a tensor that goes into more than one sum has none."""
+    """Branches of sums of two, by the other branch; a tensor that anything else reads too has none."""
     sums = [op.inputs for op in model.ops if op.kind == "add" and len(set(op.inputs)) == 2]
     found = {a: b for pair in sums for a, b in (pair, pair[::-1])}
-    return {name: other for name, other in found.items() if sum(name in pair for pair in sums) == 1}
+    readers = Counter(name for op in model.ops for name in op.inputs)
+    return {name: other for name, other in found.items() if readers[name] == 1}
 
 
 def _sums(x: Tensor) -> Tensor:
