@@ -36,9 +36,9 @@ def rows_of(unit: Unit, walk: SideBySide, grid: Grid, images: range, seed: int) 
     floats = Rows(inputs_at(module, (walk.floating, name), index, shape), torch.empty(0))
     answers = floats.product(_weights(grid), slice(None)) + grid.layer.integer_weights().bias[:, None]
     del floats
-    targets, partner = walk.floating.rows(unit.target, index).T.contiguous(), walk.partner(unit)
-    if partner is not None:
-        lacking = (walk.floating.rows(partner, index) - walk.quantized.rows(partner, index)).T
+    targets = walk.floating.rows(unit.target, index).T.contiguous()
+    lacking = walk.lacking(unit, lambda cache, branch: cache.rows(branch, index).T)
+    if lacking is not None:
         targets += lacking
         if all(passes_in_float(op) for op in unit.ops if op not in unit.layers):
             answers += lacking
@@ -53,20 +53,19 @@ def _weights(grid: Grid) -> Tensor:
 class _Error:
     """How far a unit's only layer leaves the unit's output from where it should be, on rows."""
 
-    def __init__(self, unit: Unit, rows: Rows, grid: Grid) -> None:
+    def __init__(self, unit: Unit, rows: Rows) -> None:
         self.unit, self.rows, self.name = unit, rows, unit.layers[0].name
-        self.bias = evaluated_bias(grid.layer)
 
-    def __call__(self, weights: Tensor, columns: slice) -> Tensor:
-        """Squared errors [O, r] with some weights [O, ...]."""
-        product = self.rows.product(weights, columns) + self.bias[:, None]
+    def __call__(self, weights: Tensor, bias: Tensor, columns: slice) -> Tensor:
+        """Squared errors [O, r] with some weights [O, ...] and bias [O]."""
+        product = self.rows.product(weights, columns) + bias[:, None]
         values = run_unit(self.unit, dict.fromkeys(self.unit.inputs), {self.name: lambda x: product})
         return (values[self.unit.target] - self.rows.targets[:, columns]).square()
 
     @torch.no_grad()
-    def probe(self, weights: Tensor, most: int = PROBE_ROWS) -> Tensor:
+    def probe(self, weights: Tensor, bias: Tensor, most: int = PROBE_ROWS) -> Tensor:
         """Mean squared error by channel [O] on the first rows."""
-        return self(weights, slice(0, most)).mean(1)
+        return self(weights, bias, slice(0, most)).mean(1)
 
 
 @dataclass
@@ -86,8 +85,7 @@ class _Best:
         self, error: _Error, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor, number: int = -1
     ) -> None:
         """Take over what leaves less error, of these channels (bool [O])."""
-        error.bias = bias
-        losses = error.probe(integers * per_channel(scale, integers))
+        losses = error.probe(integers * per_channel(scale, integers), bias)
         better = channels & (losses < self.losses)
         self.take(scale, integers, bias, better)
         self.losses = torch.where(better, losses, self.losses)
@@ -108,19 +106,16 @@ def fit_rows(
     its own, then, for ``settings.steps``, by learned rounding in the steps that were found.  Channels for which least
     squares stay the best are solved once more, in the way that was best for them, with all rows.
     """
-    error, other_error = _Error(unit, rows, grid), _Error(unit, others, grid)
-    grid = with_scale(grid, best_scales(grid, lambda weights: other_error.probe(weights, ROWS)))
-    own = other_error.bias
-    losses = other_error.probe(grid.nearest * per_channel(grid.scale, grid.ratio))
+    error, other_error, own = _Error(unit, rows), _Error(unit, others), evaluated_bias(grid.layer)
+    grid = with_scale(grid, best_scales(grid, lambda weights: other_error.probe(weights, own, ROWS)))
+    losses = other_error.probe(grid.nearest * per_channel(grid.scale, grid.ratio), own)
     best = _Best(grid.scale, grid.nearest, own, losses, torch.full_like(losses, -1, dtype=torch.int64))
     solvable = _is_solvable(rows, grid)
     if solvable:
         channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
         for number, option in enumerate(_options(rows, grid, own, shifts)):
             best.offer(other_error, *option, channels, number)
-    start = with_scale(grid, best.scale)
-    error.bias = other_error.bias = best.bias
-    steps = _learn(rows, error, other_error, start, best, settings, report)
+    steps = _learn(error, other_error, with_scale(grid, best.scale), best, settings, report)
     if solvable:
         for number, option in enumerate(_options(together(rows, others), grid, own, shifts)):
             best.take(*option, best.number == number)
@@ -147,23 +142,21 @@ def _options(rows: Rows, grid: Grid, own: Tensor, shifts: bool) -> Iterator[tupl
             yield scale.to(own), integers.to(own).reshape(grid.ratio.shape), choice
 
 
-def _learn(
-    rows: Rows, error: _Error, other_error: _Error, grid: Grid, best: _Best, settings: Settings, report: Report
-) -> int:
+def _learn(error: _Error, other_error: _Error, grid: Grid, best: _Best, settings: Settings, report: Report) -> int:
     """Learned rounding in the steps of the grid; returns the steps taken."""
     soft, patience, step = SoftRounding(grid), Patience(settings), -1
     optimiser = adam([soft.alpha], settings.lr)
     every = torch.ones_like(best.losses, dtype=torch.bool)
-    count = rows.targets.shape[1]
+    bias, count = best.bias, error.rows.targets.shape[1]
     width = min(settings.positions, count)
     for step in range(settings.steps):
         first = min(step * width % count, count - width)
-        loss = error(soft.weights(*settings.schedule(step)), slice(first, first + width)).sum() / width
+        loss = error(soft.weights(*settings.schedule(step)), bias, slice(first, first + width)).sum() / width
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if patience.due(step) or step + 1 == settings.steps:
-            best.offer(other_error, grid.scale, soft.integers(), best.bias, every)
+            best.offer(other_error, grid.scale, soft.integers(), bias, every)
             report(step + 1, float(best.losses.sum()))
             if patience.over(step, float(best.losses.sum())):
                 break

@@ -95,16 +95,18 @@ class SideBySide:
         Where it goes into a sum, it makes up for the error of the sum's other branch.
         """
         target = self.floating.fetch(unit.target, index)
-        partner = self.partner(unit)
-        if partner is not None:
-            target += self.floating.fetch(partner, index) - self.quantized.fetch(partner, index)
-        return target
+        lacking = self.lacking(unit, lambda cache, name: cache.fetch(name, index))
+        return target if lacking is None else target.add_(lacking)
 
-    def partner(self, unit: Unit) -> str | None:
-        """The tensor that a unit's target is added to, where both networks have made it already."""
+    def lacking(self, unit: Unit, read: Callable[[TensorCache, str], Tensor]) -> Tensor | None:
+        """Error, with its sign turned, of the tensor that a unit's target is added to; None where there is none yet.
+
+        read: takes images or positions of a named tensor from a cache.
+        """
         name = self._partners.get(unit.target)
-        made = name is not None and name in self.quantized and name in self.floating
-        return name if made else None
+        if name is None or name not in self.quantized or name not in self.floating:
+            return None
+        return read(self.floating, name) - read(self.quantized, name)
 
     @torch.no_grad()
     def errors(self, unit: Unit) -> tuple[Tensor, Tensor]:

@@ -56,12 +56,13 @@ def test_a_branch_of_a_sum_makes_up_for_the_other_branch() -> None:
     everything, found = slice(None), []
     for position, unit in enumerate(units):
         walk.float_outputs(unit)
-        partner = walk.partner(unit)
-        if partner is not None:
-            branches = walk.floating.fetch(unit.target, everything), walk.floating.fetch(partner, everything)
+        if walk.lacking(unit, lambda cache, name: cache.fetch(name, everything)) is not None:
+            (branches,) = (op.inputs for op in model.ops if op.kind == "add")
+            (partner,) = (name for name in branches if name != unit.target)
             other = walk.quantized.fetch(partner, everything)
-            assert not torch.equal(other, branches[1])
-            assert torch.allclose(walk.wanted(unit, everything) + other, sum(branches), atol=1e-5)
+            assert not torch.equal(other, walk.floating.fetch(partner, everything))
+            total = sum(walk.floating.fetch(name, everything) for name in branches)
+            assert torch.allclose(walk.wanted(unit, everything) + other, total, atol=1e-5)
             found.append(unit.name)
         else:
             assert torch.equal(walk.wanted(unit, everything), walk.floating.fetch(unit.target, everything))
