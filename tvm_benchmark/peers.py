@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,6 +89,18 @@ class TorchEngine:
             return self._module(self._inputs)
 
 
+@cache
+def _openvino_core() -> Any:
+    """The only one of the process, never freed.
+
+    Every core's plugin gives the thread a signal stack of its own.  Two that are freed in the order they were made
+    leave a freed one behind, and the next signal, such as the end of a data worker, ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoEngine:
     """OpenVINO's CPU plugin on one compiled model."""
 
@@ -102,7 +115,7 @@ class OpenVinoEngine:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
-        self._request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+        self._request = _openvino_core().compile_model(model, "CPU", config).create_infer_request()
         self._request.set_input_tensor(openvino.Tensor(np.ascontiguousarray(inputs)))
 
     def run(self) -> object:

@@ -1,5 +1,7 @@
 """The runtimes beside ours: they compute the float network, and their absence costs one line."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +49,31 @@ def test_openvino_fp32_computes_the_float_network(workload: Workload) -> None:
     pytest.importorskip("openvino")
     (engine,) = built(workload, "openvino", "fp32")
     np.testing.assert_allclose(outputs(engine), expected(workload), atol=1e-4)
+
+
+ENGINES_THEN_A_SIGNAL = """
+import faulthandler, gc, signal, subprocess
+import numpy as np, openvino
+from openvino import opset13
+from tvm_benchmark.peers import OpenVinoEngine
+
+faulthandler.enable()  # signals have a stack of their own
+def engine():
+    x = opset13.parameter([1, 4], np.float32)
+    return OpenVinoEngine(openvino.Model([opset13.relu(x)], [x]), np.ones((1, 4), np.float32), "relu", "fp32", 1)
+engines = [engine(), engine()]
+while engines:
+    del engines[0]
+    gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("signal"))
+subprocess.run(["true"])
+"""
+
+
+def test_signals_arrive_after_openvino_is_done() -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", ENGINES_THEN_A_SIGNAL], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "signal\n"), done.stderr
 
 
 def test_both_int8_forms_of_openvino_compute_the_network(workload: Workload) -> None:
