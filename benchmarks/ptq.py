@@ -23,9 +23,11 @@ RECIPES = (
     ("w4a8", "mse"),
     ("w4a8", "mse+equalize+bias"),
     ("w4a8", "mse+descent"),
+    ("w4a8", "mse+balance+descent"),
     ("w4a8", "mse+adaround"),
     ("w4a4", "mse"),
     ("w4a4", "mse+descent"),
+    ("w4a4", "mse+balance+descent"),
     ("w4a4", "mse+adaround"),
     ("w4a4", "mse+block"),
 )

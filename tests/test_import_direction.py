@@ -55,10 +55,10 @@ RANKS: tuple[str, ...] = (
     """/benchmarks.qat_step /tvm_benchmark.convolution experiment quantization_utils.bias_correction
     quantization_utils.output_scales quantization_utils.quantization_errors quantization_utils.sensitivity_loss
     quantization_utils.sensitivity_state quantization_utils.sqnr run_data train_flags trainer""",
-    """/tvm_benchmark.lowering api doctor.outcomes flag_checks quantization_utils.hessian_trace
-    quantization_utils.ptq quantization_utils.reconstruction_fit random_networks run_state""",
+    """/tvm_benchmark.lowering api doctor.outcomes flag_checks quantization_utils.balance
+    quantization_utils.hessian_trace quantization_utils.reconstruction_fit random_networks run_state""",
     """/benchmarks.calibration_cost /benchmarks.engine_speed /benchmarks.equality /benchmarks.families
-    /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials
+    /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials quantization_utils.ptq
     quantization_utils.reconstruction_state quantization_utils.row_fit quantization_utils.sensitivity_images
     /zoo.runs""",
     """/tvm_benchmark.compile doctor.examine quantization_utils.reconstruct quantization_utils.sensitivity""",

@@ -5,7 +5,7 @@ multiplying the next layer's weights of input channel i by s_i changes nothing, 
 s_i = sqrt(r1_i / r2_i) makes both ranges sqrt(r1_i * r2_i).  Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.
 Behind a BatchNorm the division goes into its gamma and beta.
 An upper clip stands in the way: min(x, 6) / s is not min(x / s, 6), and a ceiling per channel has no integer form
-here, so pairs with a ReLU6 between them are left alone.
+here, so pairs with a ReLU6 between them are left alone (:mod:`balance` scales those of their channels that can be).
 """
 
 from collections import Counter
@@ -65,18 +65,23 @@ def find_pairs(model: QuantizedModel) -> tuple[list[Pair], dict[str, str]]:
     for op in model.ops:
         for name in op.inputs if op.kind != "host" else ():
             readers[name].append(op)
-    uses = Counter(id(p) for m in model.weight_layers().values() for p in _parameters(m))
+    uses = parameter_uses(model)
     pairs, skipped = [], {}
     for op in model.ops:
         if op.kind not in ("conv", "linear"):
             continue
         second, why = _only_reader(op, readers)
-        why = why or _why_fixed(op, uses) or (_why_fixed(second, uses, reads=True) if second else None)
+        why = why or why_fixed(op, uses) or (why_fixed(second, uses, reads=True) if second else None)
         if second is not None and why is None:
             pairs.append(Pair(op.attrs["layer"], second.attrs["layer"]))
         elif why is not None:
             skipped[op.attrs["layer"]] = why
     return pairs, skipped
+
+
+def parameter_uses(model: QuantizedModel) -> Counter[int]:
+    """How many layers use a parameter, by its id."""
+    return Counter(id(p) for m in model.weight_layers().values() for p in _parameters(m))
 
 
 def _parameters(layer: nn.Module) -> list[nn.Parameter]:
@@ -102,7 +107,7 @@ def _only_reader(op: Op, readers: dict[str, list[Op]]) -> tuple[Op | None, str |
             clip = reader.module.ceiling
         elif reader.kind == "clip" and reader.attrs["lo"] in (0, None):
             clip = reader.attrs["hi"]
-        elif reader.kind in LINEAR_KINDS or (reader.kind == "move" and _drops_unit_axes(op, reader)):
+        elif reader.kind in LINEAR_KINDS or (reader.kind == "move" and drops_unit_axes(op, reader)):
             clip = None
         else:
             break
@@ -111,12 +116,12 @@ def _only_reader(op: Op, readers: dict[str, list[Op]]) -> tuple[Op | None, str |
     return None, None
 
 
-def _drops_unit_axes(source: Op, move: Op) -> bool:
+def drops_unit_axes(source: Op, move: Op) -> bool:
     """Whether data movement only flattens [C, 1, 1] to [C]."""
     return len(move.shape) == 1 and source.shape == (*move.shape, *([1] * (len(source.shape) - 1)))
 
 
-def _why_fixed(op: Op, uses: Counter[int], reads: bool = False) -> str | None:
+def why_fixed(op: Op, uses: Counter[int], reads: bool = False) -> str | None:
     """Why the parameters of a layer must not be scaled.  reads: as the second of a pair."""
     layer = op.module
     if not isinstance(layer, QuantLayer) or not isinstance(layer.module, nn.Conv2d | nn.Linear):
@@ -137,25 +142,25 @@ def _equalize_pair(first: nn.Module, second: nn.Module) -> float:
     columns = input_ranges(second)
     alive = (rows > DEAD * rows.max()) & (columns > DEAD * columns.max())
     factors = torch.where(alive, rows / columns, 1.0).sqrt()
-    _scale_outputs(first, 1 / factors)
-    _by_input(second.module).mul_(factors.reshape(_by_input(second.module).shape[0], 1, -1, 1))
+    scale_outputs(first, 1 / factors)
+    by_input(second.module).mul_(factors.reshape(by_input(second.module).shape[0], 1, -1, 1))
     return float(factors.log().abs().max())
 
 
 def input_ranges(layer: QuantLayer) -> Tensor:
     """The largest magnitude of the folded weights that read each input channel, [I]."""
     weight, _ = fold(layer.module.weight, None, layer.bn)
-    return _by_input(layer.module, weight).abs().amax((1, 3)).reshape(-1)
+    return by_input(layer.module, weight).abs().amax((1, 3)).reshape(-1)
 
 
-def _by_input(module: nn.Conv2d | nn.Linear, weight: Tensor | None = None) -> Tensor:
+def by_input(module: nn.Conv2d | nn.Linear, weight: Tensor | None = None) -> Tensor:
     """Weights [O, I/groups, ...] as a view [groups, O/groups, I/groups, positions]."""
     weight = module.weight.data if weight is None else weight
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
-def _scale_outputs(layer: QuantLayer, factors: Tensor) -> None:
+def scale_outputs(layer: QuantLayer, factors: Tensor) -> None:
     """Multiply the output channels of a layer, by its BatchNorm where it has one."""
     if layer.bn is not None:
         layer.bn.weight.mul_(factors)

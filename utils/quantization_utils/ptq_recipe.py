@@ -6,11 +6,12 @@ from utils.errors import UserError
 from utils.quantization_utils.calibrators import METHODS, MSE_METHODS
 
 WEIGHT_METHODS = ("minmax", "mse")
-EQUALIZE, BIAS = "equalize", "bias"
+EQUALIZE, BALANCE, BIAS = "equalize", "balance", "bias"
 DESCENT, ADAROUND, BLOCK = "descent", "adaround", "block"
 LEARNED = (ADAROUND, BLOCK)
 ROUNDINGS = (DESCENT, *LEARNED)
-CORRECTIONS = (EQUALIZE, BIAS, *ROUNDINGS)
+AROUND = (EQUALIZE, BALANCE, BIAS)  # what can be done in front of or behind rounding
+CORRECTIONS = (*AROUND, *ROUNDINGS)
 POWER, ROUNDING_POWER = 2.0, 2.4  # of the mse searches, alone and in front of learned rounding (MQBench's settings)
 
 
@@ -21,6 +22,7 @@ class PtqRecipe:
     weights: str
     activations: str
     equalize: bool = False
+    balance: bool = False
     bias: bool = False
     rounding: str | None = None
 
@@ -37,7 +39,7 @@ def parse_recipe(text: str) -> PtqRecipe:
     names both.  Raises UserError for anything else.
 
     >>> parse_recipe("mse+bias")
-    PtqRecipe(weights='mse', activations='mse', equalize=False, bias=True, rounding=None)
+    PtqRecipe(weights='mse', activations='mse', equalize=False, balance=False, bias=True, rounding=None)
     """
     parts = text.split("+")
     calibrators = [part for part in parts if part not in CORRECTIONS]
@@ -52,7 +54,8 @@ def parse_recipe(text: str) -> PtqRecipe:
         raise _refusal(text, "names a part twice" if twice else f"has both {rounding[0]} and {rounding[1]}")
     weights, _, activations = calibrators[0].rpartition("/")
     weights = weights or ("mse" if activations in MSE_METHODS else "minmax")
-    return PtqRecipe(weights, activations, EQUALIZE in parts, BIAS in parts, rounding[0] if rounding else None)
+    equalize, balance, bias = (part in parts for part in AROUND)
+    return PtqRecipe(weights, activations, equalize, balance, bias, rounding[0] if rounding else None)
 
 
 def _is_calibrator(part: str) -> bool:
@@ -63,5 +66,5 @@ def _is_calibrator(part: str) -> bool:
 def _refusal(text: str, why: str) -> UserError:
     return UserError(
         f"--ptq {text!r} {why}; give one calibrator ({', '.join(METHODS)}, or W/A with W {' or '.join(WEIGHT_METHODS)}"
-        f") and any of {', '.join((EQUALIZE, BIAS))} and one of {', '.join(ROUNDINGS)}, joined by +"
+        f") and any of {', '.join(AROUND)} and one of {', '.join(ROUNDINGS)}, joined by +"
     )

@@ -172,6 +172,11 @@ class QuantLayer(nn.Module):
         """Name the quantizer of the tensor this layer reads."""
         self._source = (source,)
 
+    @property
+    def source(self) -> Quantizer | None:
+        """The quantizer of the tensor this layer reads."""
+        return self._source[0] if self._source else None
+
     def learn_scale(self) -> None:
         """Replace the weight range by a learned scale per channel that starts at the given range (LSQ)."""
         self.learned = nn.Parameter(self._range_scale(self.module.weight).clone())
