@@ -23,6 +23,7 @@ from math import log10
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.quantization_utils.bias_correction import limited
 from utils.quantization_utils.equalize import (
     LINEAR_KINDS,
@@ -108,10 +109,15 @@ def balance(model: QuantizedModel, batches: Iterable[Tensor]) -> Balanced:
     """Scale channels of the float network in place; its function stays, but for what a ceiling no longer cuts off.
 
     batches: normalised float32 [N, C, H, W] on the model's device, of which the first 128 images count.  Calibrate
-    afterwards.
+    afterwards.  Raises UserError for values that are not finite.
     """
     groups = find_groups(model)
     seen = _observe(model, batches, groups)
+    bad = next((name for name, values in seen.items() if not bool(torch.isfinite(values.products).all())), None)
+    if bad is not None:
+        raise UserError(
+            f"balancing met values that are not finite at {bad!r}; check the weights and the images for NaN or infinity"
+        )
     gains = []
     for group in groups:
         factors, gain = best_factors(group, seen)
@@ -242,6 +248,7 @@ class _Noise:
         return largest / int_range(self.source.bits, self.source.signed)[1]
 
 
+@torch.no_grad()
 def best_factors(group: Group, seen: dict[str, Seen]) -> tuple[Tensor, float]:
     """Factors float64 [C] of the weights that read a group, and by how many decibels they lower the noise."""
     readers = [op for op in group.readers if _gains(*_layers([op]))]

@@ -19,7 +19,8 @@ from utils.quantization_utils.ptq_recipe import PtqRecipe, parse_recipe
         ("minmax+equalize+bias", PtqRecipe("minmax", "minmax", equalize=True, bias=True)),
         ("bias+kl", PtqRecipe("minmax", "kl", bias=True)),
         ("mse+adaround", PtqRecipe("mse", "mse", rounding="adaround")),
-        ("block+equalize+mse/ema+bias", PtqRecipe("mse", "ema", True, True, "block")),
+        ("balance+mse+descent", PtqRecipe("mse", "mse", balance=True, rounding="descent")),
+        ("block+equalize+mse/ema+bias", PtqRecipe("mse", "ema", equalize=True, bias=True, rounding="block")),
     ],
 )
 def test_recipes(text: str, recipe: PtqRecipe) -> None:
@@ -63,4 +64,4 @@ def test_refusals(text: str, sentence: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"--ptq {text!r} {sentence}; give one calibrator (")
     assert "\n" not in message
-    assert message.endswith("equalize, bias and one of descent, adaround, block, joined by +")
+    assert message.endswith("equalize, balance, bias and one of descent, adaround, block, joined by +")
