@@ -25,19 +25,12 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.quantization_utils.bias_correction import limited
-from utils.quantization_utils.equalize import (
-    LINEAR_KINDS,
-    by_input,
-    drops_unit_axes,
-    parameter_uses,
-    scale_outputs,
-    why_fixed,
-)
+from utils.quantization_utils.equalize import by_input, ceiling_of, commutes, parameter_uses, scale_outputs, why_fixed
 from utils.quantization_utils.execution import channel_rows, run_ops
 from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.fold_bn import fold
 from utils.quantization_utils.prepare import QuantizedModel
-from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
+from utils.quantization_utils.quant_modules import QuantLayer
 from utils.quantization_utils.quant_primitives import int_range
 
 IMAGES = 128
@@ -133,12 +126,12 @@ def balance(model: QuantizedModel, batches: Iterable[Tensor]) -> Balanced:
 def find_groups(model: QuantizedModel) -> list[Group]:
     """The groups that may be scaled and of which a reader gains, in order."""
     group_of: dict[str, Group] = {}
-    uses = parameter_uses(model)
+    uses, ops = parameter_uses(model), {op.name: op for op in model.ops}
     for op in model.ops:
         read = [group_of[name] for name in op.inputs]
         if op.kind == "add":
             group = _joined(read, group_of)
-        elif op.kind in (*LINEAR_KINDS, "quantize", "clip", "move") and _keeps_channels(op, model):
+        elif op.inputs and commutes(ops[op.inputs[0]], op):
             group = read[0]
         else:
             group = Group(makers=[op], fixed=why_fixed(op, uses) is not None)
@@ -147,10 +140,10 @@ def find_groups(model: QuantizedModel) -> list[Group]:
                 part.fixed |= why_fixed(op, uses, reads=True) is not None
         group_of[op.name] = group
         group.channels.add(op.shape[0] if op.shape else 0)
-        ceiling = _ceiling(op)
+        ceiling = ceiling_of(op)
         group.ceilings += [] if ceiling is None else [(op.name, ceiling)]
     groups = dict.fromkeys(group_of.values())
-    return [g for g in groups if not g.fixed and len(g.channels) == 1 and any(map(_gains, _layers(g.readers)))]
+    return [g for g in groups if not g.fixed and len(g.channels) == 1 and _gaining(g)]
 
 
 def _joined(parts: Sequence[Group], group_of: dict[str, Group]) -> Group:
@@ -166,29 +159,17 @@ def _joined(parts: Sequence[Group], group_of: dict[str, Group]) -> Group:
     return result
 
 
-def _keeps_channels(op: Op, model: QuantizedModel) -> bool:
-    """Whether an operator commutes with positive factors, but for a ceiling."""
-    if op.kind == "clip":
-        return op.attrs["lo"] in (0, None)
-    if op.kind == "move":
-        source = next(other for other in model.ops if other.name == op.inputs[0])
-        return drops_unit_axes(source, op)
-    return True
-
-
-def _ceiling(op: Op) -> float | None:
-    if isinstance(op.module, Quantizer):
-        return op.module.ceiling
-    return op.attrs["hi"] if op.kind == "clip" else None
-
-
 def _layers(ops: Iterable[Op]) -> list[QuantLayer]:
     return [op.module for op in ops if isinstance(op.module, QuantLayer)]
 
 
-def _gains(layer: QuantLayer) -> bool:
-    """Whether the sizes of input channels matter to a layer's rounding: not to a depthwise one's."""
-    return layer.bits < EIGHT_BITS and by_input(layer.module).shape[2] > 1
+def _gaining(group: Group) -> list[tuple[str, QuantLayer]]:
+    """The readers to whose rounding the sizes of input channels matter, with the tensor each reads.
+
+    They do not matter to a depthwise layer's.
+    """
+    layers = [(op.inputs[0], layer) for op in group.readers for layer in _layers([op])]
+    return [(name, layer) for name, layer in layers if layer.bits < EIGHT_BITS and by_input(layer.module).shape[2] > 1]
 
 
 def _by_group(channels: Tensor, columns: Tensor) -> Tensor:
@@ -198,7 +179,7 @@ def _by_group(channels: Tensor, columns: Tensor) -> Tensor:
 
 def _observe(model: QuantizedModel, batches: Iterable[Tensor], groups: Sequence[Group]) -> dict[str, Seen]:
     """What the float network has at the inputs of readers that gain, and at ceilings."""
-    wanted = {op.inputs[0]: None for g in groups for op in g.readers if _gains(*_layers([op]))}
+    wanted = {name for group in groups for name, _ in _gaining(group)}
     ceilings = dict(ceiling for group in groups for ceiling in group.ceilings)
     seen: dict[str, Seen] = {}
     left = IMAGES
@@ -242,17 +223,13 @@ class _Noise:
         """Of the layer's input."""
         if self.source is None or self.source.bits > EIGHT_BITS:
             return factors.new_zeros(())
-        largest = (self.largest / factors).amax()
-        if self.source.ceiling is not None:
-            largest = largest.clamp_max(self.source.ceiling)
-        return largest / int_range(self.source.bits, self.source.signed)[1]
+        return (self.largest / factors).amax() / int_range(self.source.bits, self.source.signed)[1]
 
 
 @torch.no_grad()
 def best_factors(group: Group, seen: dict[str, Seen]) -> tuple[Tensor, float]:
     """Factors float64 [C] of the weights that read a group, and by how many decibels they lower the noise."""
-    readers = [op for op in group.readers if _gains(*_layers([op]))]
-    noises = [_Noise(layer, seen[op.inputs[0]]) for op in readers for layer in _layers([op])]
+    noises = [_Noise(layer, seen[name]) for name, layer in _gaining(group)]
     held, least = _limits(group, seen, noises[0].largest)
     logs = torch.zeros_like(least, requires_grad=True)
     optimiser = torch.optim.Adam([logs], lr=RATE)

@@ -102,23 +102,28 @@ def _only_reader(op: Op, readers: dict[str, list[Op]]) -> tuple[Op | None, str |
         (reader,) = readers[op.name]
         if reader.kind in ("conv", "linear"):
             return reader, ceiling
-        if reader.kind == "quantize":
-            assert isinstance(reader.module, Quantizer)
-            clip = reader.module.ceiling
-        elif reader.kind == "clip" and reader.attrs["lo"] in (0, None):
-            clip = reader.attrs["hi"]
-        elif reader.kind in LINEAR_KINDS or (reader.kind == "move" and drops_unit_axes(op, reader)):
-            clip = None
-        else:
+        if not commutes(op, reader):
             break
+        clip = ceiling_of(reader)
         ceiling = ceiling or (None if clip is None else f"an upper clip at {clip:g} (ReLU6) lies behind it")
         op = reader
     return None, None
 
 
-def drops_unit_axes(source: Op, move: Op) -> bool:
-    """Whether data movement only flattens [C, 1, 1] to [C]."""
-    return len(move.shape) == 1 and source.shape == (*move.shape, *([1] * (len(source.shape) - 1)))
+def commutes(source: Op, op: Op) -> bool:
+    """Whether an operator that reads ``source`` commutes with positive factors of channels, but for a ceiling."""
+    if op.kind == "clip":
+        return op.attrs["lo"] in (0, None)
+    if op.kind == "move":  # one that only flattens [C, 1, 1] to [C]
+        return len(op.shape) == 1 and source.shape == (*op.shape, *([1] * (len(source.shape) - 1)))
+    return op.kind in (*LINEAR_KINDS, "quantize")
+
+
+def ceiling_of(op: Op) -> float | None:
+    """The upper bound that a quantizer or a clip puts on its output."""
+    if isinstance(op.module, Quantizer):
+        return op.module.ceiling
+    return op.attrs["hi"] if op.kind == "clip" else None
 
 
 def why_fixed(op: Op, uses: Counter[int], reads: bool = False) -> str | None:
