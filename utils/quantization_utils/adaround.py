@@ -59,9 +59,10 @@ class Grid:
 def pin_grid(layer: QuantLayer) -> Grid:
     """Fix the weight scale of a layer where it stands (``layer.learned``) and return its grid.
 
-    Evaluation with nearest rounding stays as it is, up to the last bit of the scale.
+    Evaluation with nearest rounding stays as it is, up to the last bit of the scale, but for weights that were clipped
+    to the second lowest integer: the lowest takes part from here on.
     """
-    weight = layer.module.weight
+    weight, layer.narrow_range = layer.module.weight, False
     factor = weight.new_ones(len(weight)) if layer.bn is None else affine_of(layer.bn)[0].detach()
     unfolded = layer.integer_weights().scale / factor.abs()
     usable = torch.isfinite(unfolded) & (factor != 0)

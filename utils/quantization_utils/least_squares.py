@@ -83,8 +83,8 @@ class Quadratic:
         return torch.diagonal(self.gram, dim1=1, dim2=2)
 
 
-def nearest_plane(quadratic: Quadratic, scale: Tensor, high: int) -> Tensor:
-    """Integers [O, K] in -high..high for scales [O], column after column from the one with the largest moment on.
+def nearest_plane(quadratic: Quadratic, scale: Tensor, low: int, high: int) -> Tensor:
+    """Integers [O, K] in low..high for scales [O], column after column from the one with the largest moment on.
 
     Each column is rounded where the error of those before it is made up for best.  Only for layers of one group.
     """
@@ -98,13 +98,13 @@ def nearest_plane(quadratic: Quadratic, scale: Tensor, high: int) -> Tensor:
     error = torch.zeros_like(best)  # of the weights of the columns that are done
     for k in range(len(order) - 1, -1, -1):
         wanted = best[:, k] + error[:, k + 1 :] @ upper[k, k + 1 :] / upper[k, k]
-        integers[:, k] = (wanted / scale).round().clamp(-high, high)
+        integers[:, k] = (wanted / scale).round().clamp(low, high)
         error[:, k] = best[:, k] - scale * integers[:, k]
     return integers[:, torch.argsort(order)]
 
 
-def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
-    """Integers [O, K] in -high..high and scales [O] from which no change of a single integer helps much.
+def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Integers [O, K] in low..high and scales [O] from which no change of a single integer helps much.
 
     The error never rises.  It stops at 12 sweeps over all columns, or when one changes less than 0.1 % of the integers.
     """
@@ -116,7 +116,7 @@ def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, high: int) ->
         wanted, product = quadratic.cross / scale[:, None], quadratic.times(integers)
         for start in range(0, size, COLUMNS):
             columns = slice(start, min(start + COLUMNS, size))
-            _sweep(quadratic, integers, wanted, product, squares, columns, high)
+            _sweep(quadratic, integers, wanted, product, squares, columns, low, high)
         scale = quadratic.best_scale(integers, scale)
         if int((integers != before).sum()) <= UNSETTLED * integers.numel():
             break
@@ -130,6 +130,7 @@ def _sweep(
     product: Tensor,
     squares: Tensor,
     columns: slice,
+    low: int,
     high: int,
 ) -> None:
     """One sweep over some columns, in place; ``product`` is kept equal to ``quadratic.times(integers)``."""
@@ -138,7 +139,7 @@ def _sweep(
     local, old = product[:, columns].clone(), integers[:, columns].clone()
     for i, k in enumerate(range(columns.start, columns.stop)):
         square = squares[:, k]
-        best = (integers[:, k] + (wanted[:, k] - local[:, i]) / square.clamp_min(TINY)).round_().clamp_(-high, high)
+        best = (integers[:, k] + (wanted[:, k] - local[:, i]) / square.clamp_min(TINY)).round_().clamp_(low, high)
         best = torch.where(square > TINY, best, integers[:, k])
         change = (best - integers[:, k]).reshape(groups, -1, 1)
         local += (change * gram[:, None, i]).reshape(local.shape)
@@ -148,7 +149,7 @@ def _sweep(
 
 
 def solutions(
-    quadratic: Quadratic, weights: Tensor, scale: Tensor, high: int
+    quadratic: Quadratic, weights: Tensor, scale: Tensor, low: int, high: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Integers [O, K], scales [O] and biases [O] that are worth a look, float64.
 
@@ -159,16 +160,16 @@ def solutions(
     rows, size = weights.shape
     planes = len(quadratic.gram) == 1 and size <= MOST_COLUMNS
     starts = (scale[:, None] * scale.new_tensor(STARTS)).flatten()
-    nearest = (weights / scale[:, None]).round().clamp(-high, high)
+    nearest = (weights / scale[:, None]).round().clamp(low, high)
     yield nearest, scale, quadratic.bias(nearest * scale[:, None])
     for share in SHARES:
         for ridge in RIDGES:
             held = quadratic.near(weights, share, ridge).repeated(len(STARTS))
             if planes:
-                first = nearest_plane(held, starts, high)
+                first = nearest_plane(held, starts, low, high)
             else:
-                first = (weights.repeat_interleave(len(STARTS), 0) / starts[:, None]).round().clamp(-high, high)
-            integers, found = descend(held, first, held.best_scale(first, starts), high)
+                first = (weights.repeat_interleave(len(STARTS), 0) / starts[:, None]).round().clamp(low, high)
+            integers, found = descend(held, first, held.best_scale(first, starts), low, high)
             for i in range(len(STARTS)):
                 own, steps = integers.reshape(rows, -1, size)[:, i], found.reshape(rows, -1)[:, i]
                 yield own, steps, quadratic.bias(own * steps[:, None])

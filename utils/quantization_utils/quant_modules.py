@@ -144,7 +144,8 @@ class IntegerWeights:
 class QuantLayer(nn.Module):
     """A convolution or linear layer with quantized weights, its BatchNorm, and the quantizer in front of it.
 
-    bits: 2..8.  ``frozen`` folds the BatchNorm with running statistics in training too.
+    bits: 2..8.  ``frozen`` folds the BatchNorm with running statistics in training too.  ``narrow_range``: weights with
+    a learned scale leave out the lowest integer, for which no positive weight has a counterpart.
     """
 
     INTEGERS = torch.int8
@@ -159,6 +160,7 @@ class QuantLayer(nn.Module):
         self.per_channel = True
         self.percentile = 0.0
         self.learned: nn.Parameter | None = None
+        self.narrow_range = True
 
     @property
     def module(self) -> nn.Conv2d | nn.Linear:
@@ -183,7 +185,7 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bn is not None and self.training and not self.frozen:
-            weight = self._fake(self.module.weight, self._live_scale()) if self.enabled else self.module.weight
+            weight = self._fake_unfolded(self._live_scale()) if self.enabled else self.module.weight
             normalised: Tensor = self.bn(self.apply_weights(x, weight, self.module.bias))
             return normalised
         weight, bias = fold(self.module.weight, self.module.bias, self.bn)
@@ -226,12 +228,9 @@ class QuantLayer(nn.Module):
         return scale.clamp_min(MIN_WEIGHT_SCALE)
 
     def integer_range(self) -> tuple[Any, Any]:
-        """Inclusive integers of the weights.
-
-        Learned scales clip, and must clip alike on both sides to commute with a negative BatchNorm factor.
-        """
+        """Inclusive integers of the folded weights."""
         lo, hi = int_range(self.bits, True)
-        return (-hi, hi) if self.learned is not None else (lo, hi)
+        return (-hi, hi) if self.learned is not None and self.narrow_range else (lo, hi)
 
     def _fake(self, weight: Tensor, scale: Tensor) -> Tensor:
         lo, hi = self.integer_range()
@@ -239,6 +238,19 @@ class QuantLayer(nn.Module):
             gradient_scale = 1 / math.sqrt(weight[0].numel() * hi)
             return FakeQuantizeLearned.apply(weight.contiguous(), scale, lo, hi, gradient_scale)
         return FakeQuantizeWeight.apply(weight, per_channel(scale, weight), lo, hi)
+
+    def _fake_unfolded(self, scale: Tensor) -> Tensor:
+        """Fake quantization in front of the BatchNorm that commutes with folding it.
+
+        Where integers are more on one side than on the other and weights are clipped, a negative factor turns the
+        sides around.
+        """
+        weight = self.module.weight
+        clips = self.percentile > 0 if self.learned is None else not self.narrow_range
+        if self.bn is None or not clips:
+            return self._fake(weight, scale)
+        sign = per_channel(torch.where(affine_of(self.bn)[0].detach() < 0, -1.0, 1.0), weight)
+        return self._fake(weight * sign, scale) * sign
 
     @torch.no_grad()
     def integer_weights(self) -> IntegerWeights:

@@ -125,9 +125,9 @@ def fit_rows(
 
 
 def _is_solvable(rows: Rows, grid: Grid) -> bool:
-    """Whether least squares apply: answers are known, integers few and the same on both sides, a scale per channel."""
-    symmetric = not isinstance(grid.high, Tensor) and grid.low == -grid.high
-    return rows.answers is not None and symmetric and grid.high < EIGHT_BITS and grid.layer.per_channel
+    """Whether least squares apply: answers are known, integers few and the same in all rows, a scale per channel."""
+    alike = not isinstance(grid.high, Tensor)
+    return rows.answers is not None and alike and grid.high < EIGHT_BITS and grid.layer.per_channel
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def _options(rows: Rows, grid: Grid, own: Tensor, shifts: bool) -> Iterator[tupl
     assert rows.answers is not None
     quadratic = Quadratic.of(rows.inputs, rows.answers)
     for integers, scale, bias in solutions(
-        quadratic, _weights(grid).flatten(1).double(), grid.scale.double(), grid.high
+        quadratic, _weights(grid).flatten(1).double(), grid.scale.double(), grid.low, grid.high
     ):
         for choice in (own, bias.to(own)) if shifts else (own,):
             yield scale.to(own), integers.to(own).reshape(grid.ratio.shape), choice

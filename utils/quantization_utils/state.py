@@ -20,7 +20,7 @@ def quantizer_state(model: QuantizedModel) -> dict[str, Any]:
         for name, q in model.activation_quantizers().items()
     }
     weights: State = {
-        name: {"learned": _copy(layer.learned), "bits": layer.bits}
+        name: {"learned": _copy(layer.learned), "bits": layer.bits, "narrow_range": layer.narrow_range}
         for name, layer in model.weight_layers().items()
         if isinstance(layer, QuantLayer)
     }
@@ -43,6 +43,7 @@ def load_quantizer_state(model: QuantizedModel, state: Mapping[str, Any]) -> Non
         assert isinstance(layer, QuantLayer)
         _same_bits(name, saved["bits"], layer.bits)
         layer.learned = _parameter(saved["learned"], layer.module.weight.device)
+        layer.narrow_range = saved.get("narrow_range", True)  # absent in files of earlier versions
     model.enable(state["enabled"])
 
 

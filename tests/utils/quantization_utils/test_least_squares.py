@@ -8,7 +8,7 @@ from torch import Tensor
 
 from utils.quantization_utils.least_squares import Quadratic, descend, nearest_plane, solutions
 
-HIGH = 3
+LOW, HIGH = -4, 3
 
 
 def rows(groups: int, size: int, outputs: int, count: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +35,7 @@ def test_bias_and_scale_are_the_best_ones(groups: int, outputs: int) -> None:
     bias = quadratic.bias(weights.double())
     left = (weights.reshape(groups, -1, 4) @ inputs).flatten(0, 1) + bias[:, None].float() - answers
     assert torch.allclose(left.mean(1), torch.zeros(outputs), atol=1e-3)
-    integers = (weights / 0.5).round().clamp(-HIGH, HIGH).double()
+    integers = (weights / 0.5).round().clamp(LOW, HIGH).double()
     integers[0] = 0  # no scale is better than another one
     scale = quadratic.best_scale(integers, torch.full((outputs,), 0.5, dtype=torch.float64))
     assert float(scale[0]) == 0.5
@@ -49,15 +49,15 @@ def test_descent_ends_where_no_single_change_helps(groups: int) -> None:
     inputs, weights, answers = rows(groups, 6, 12)
     quadratic = Quadratic.of(inputs, answers)
     scale = weights.abs().amax(1).double() / HIGH
-    first = (weights / scale[:, None]).round().clamp(-HIGH, HIGH).double()
-    integers, found = descend(quadratic, first, scale, HIGH)
-    assert float(integers.abs().max()) <= HIGH
+    first = (weights / scale[:, None]).round().clamp(LOW, HIGH).double()
+    integers, found = descend(quadratic, first, scale, LOW, HIGH)
+    assert torch.equal(integers, integers.clamp(LOW, HIGH))
     assert torch.equal(integers, integers.round())
     lowest = error(inputs, answers, integers * found[:, None])
     assert bool((lowest <= error(inputs, answers, first * scale[:, None]) + 1e-9).all())
     for column, change in product(range(6), (-1, 1)):
         other = integers.clone()
-        other[:, column] = (other[:, column] + change).clamp(-HIGH, HIGH)
+        other[:, column] = (other[:, column] + change).clamp(LOW, HIGH)
         assert bool((error(inputs, answers, other * found[:, None]) >= lowest * (1 - 1e-4)).all())
 
 
@@ -66,23 +66,23 @@ def test_nearest_plane_is_rounding_for_inputs_that_are_not_correlated() -> None:
     gram = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0])).double()[None]
     quadratic = Quadratic(gram, weights @ gram[0], torch.zeros(1, 4).double(), torch.zeros(5).double())
     scale = torch.full((5,), 0.3, dtype=torch.float64)
-    assert torch.equal(nearest_plane(quadratic, scale, HIGH), (weights / 0.3).round().clamp(-HIGH, HIGH))
+    assert torch.equal(nearest_plane(quadratic, scale, LOW, HIGH), (weights / 0.3).round().clamp(LOW, HIGH))
 
 
 def test_least_squares_come_near_the_best_of_all_integers() -> None:
     inputs, weights, answers = rows(1, 4, 20)
     quadratic = Quadratic.of(inputs, answers)
     scale = weights.abs().amax(1).double() / HIGH
-    everything = torch.tensor(list(product(range(-HIGH, HIGH + 1), repeat=4))).double()
+    everything = torch.tensor(list(product(range(LOW, HIGH + 1), repeat=4))).double()
     optimum = torch.stack(
         [error(inputs, answers, (everything[i] * scale[:, None])) for i in range(len(everything))]
     ).amin(0)
     rounded = error(inputs, answers, (weights / scale[:, None]).round() * scale[:, None])
-    plane = error(inputs, answers, nearest_plane(quadratic, scale, HIGH) * scale[:, None])
+    plane = error(inputs, answers, nearest_plane(quadratic, scale, LOW, HIGH) * scale[:, None])
     assert float(plane.median()) < 0.7 * float(rounded.median())  # clamps can make it worse
     assert bool((plane >= optimum * (1 - 1e-6)).all())
     best = torch.stack(
-        [error(inputs, answers, z * s[:, None]) for z, s, _ in solutions(quadratic, weights.double(), scale, HIGH)]
+        [error(inputs, answers, z * s[:, None]) for z, s, _ in solutions(quadratic, weights.double(), scale, LOW, HIGH)]
     ).amin(0)
     assert float(best.sum()) < 1.2 * float(optimum.sum())
 
@@ -92,8 +92,8 @@ def test_what_is_held_near_the_weights_stays_there() -> None:
     inputs, weights, answers = rows(1, 6, 8)
     held = Quadratic.of(inputs, -answers).near(weights.double(), share=0, ridge=1e4)
     scale = torch.full((8,), 0.4, dtype=torch.float64)
-    expected = (weights / 0.4).round().clamp(-HIGH, HIGH).double()
-    assert torch.equal(nearest_plane(held, scale, HIGH), expected)
+    expected = (weights / 0.4).round().clamp(LOW, HIGH).double()
+    assert torch.equal(nearest_plane(held, scale, LOW, HIGH), expected)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -101,7 +101,9 @@ def test_columns_without_inputs_and_channels_without_weights(groups: int) -> Non
     inputs, weights, answers = rows(groups, 5, 8)
     inputs[:, 2] = 0
     weights[3] = 0
-    found = list(solutions(Quadratic.of(inputs, answers), weights.double(), torch.full((8,), 0.4).double(), HIGH))
+    scales = torch.full((8,), 0.4, dtype=torch.float64)
+    found = list(solutions(Quadratic.of(inputs, answers), weights.double(), scales, LOW, HIGH))
+    assert {float(integers.min()) for integers, *_ in found} == {LOW}
     assert all(bool(torch.isfinite(part).all()) for solution in found for part in solution)
     assert all(float(scale.min()) > 0 for _, scale, _ in found)
 
@@ -111,8 +113,8 @@ def test_more_columns_than_are_changed_at_a_time(monkeypatch: pytest.MonkeyPatch
     quadratic = Quadratic.of(inputs, answers)
     scale = weights.abs().amax(1).double() / HIGH
     first = (weights / scale[:, None]).round().double()
-    whole = descend(quadratic, first, scale, HIGH)
+    whole = descend(quadratic, first, scale, LOW, HIGH)
     monkeypatch.setattr("utils.quantization_utils.least_squares.COLUMNS", 7)
-    parts = descend(quadratic, first, scale, HIGH)
+    parts = descend(quadratic, first, scale, LOW, HIGH)
     assert torch.equal(whole[0], parts[0])
     assert torch.allclose(whole[1], parts[1])

@@ -89,6 +89,28 @@ def test_live_and_folded_scales_give_the_same_integers():
     assert (difference > 0).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("clipping", ["percentile", "narrow", "full"])
+def test_weights_clipped_in_training_are_those_of_evaluation_whatever_the_sign_of_gamma(clipping):
+    layer = layer_with_bn(3, bias=False)
+    alive = [c for c in range(8) if c not in (0, 1, 2)]  # of tiny variance: a scale that the bias decides
+    factors = (layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)).detach()
+    assert len(set(torch.sign(factors[alive]).tolist())) == 2
+    if clipping == "percentile":
+        layer.percentile = 80.0
+    else:
+        layer.learned = nn.Parameter(layer.module.weight.detach().flatten(1).abs().amax(1).clamp_min(1e-6) / 6)
+        layer.narrow_range = clipping == "narrow"
+    parts = layer.integer_weights()
+    lowest = -3 if clipping == "narrow" else -4
+    assert (int(parts.weight[alive].min()), int(parts.weight[alive].max())) == (lowest, 3)
+    weight = parts.weight * (parts.scale / factors).reshape(-1, 1, 1, 1)
+    x = torch.randn(4, 4, 6, 6)
+    expected = layer.bn.train()(nn.functional.conv2d(x, weight))
+    layer.enabled = True
+    with torch.no_grad():
+        torch.testing.assert_close(layer.train()(x)[:, alive], expected[:, alive], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("percentile", [0.0, 99.0])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_range_options_change_the_scale_only(percentile, per_channel):

@@ -295,13 +295,13 @@ def test_scales_with_the_least_error_of_the_output(per_channel: bool) -> None:
     grid = pin_grid(quantized)
     found = best_scales(grid, error)
     weights = quantized.module.weight.detach()
-    reach = weights.abs().flatten(1).amax(1) / 7
+    reach = torch.maximum(weights / 7, weights / -8).flatten(1).amax(1)
     reach = reach if per_channel else reach.amax().expand(6)
     tried = [grid.scale, *(reach * factor / 50 for factor in range(20, 61))]
     losses = []
     for scale in tried:
         steps = scale.reshape(-1, 1, 1, 1)
-        losses.append(error((weights / steps).round().clamp(-7, 7) * steps))
+        losses.append(error((weights / steps).round().clamp(-8, 7) * steps))
     table = torch.stack(losses) if per_channel else torch.stack(losses).sum(1, keepdim=True).expand(-1, 6)
     expected = torch.stack(tried)[table.argmin(0), torch.arange(6)]
     assert torch.allclose(found, expected)

@@ -7,6 +7,7 @@ from utils.errors import UserError
 from utils.quantization_utils.calibrate import calibrate
 from utils.quantization_utils.capture import capture
 from utils.quantization_utils.prepare import QuantizedModel, describe_layers, fold_network, prepare
+from utils.quantization_utils.quant_modules import QuantLayer
 from utils.quantization_utils.state import load_quantizer_state, quantizer_state
 from utils.quantization_utils.training import configure, learned_scales
 
@@ -45,6 +46,23 @@ def test_state_is_a_copy() -> None:
     before = {name: entry["x_max"].clone() for name, entry in state["activations"].items()}
     calibrate(model, [10 * torch.randn(8, 3, 8, 8)])
     assert all(torch.equal(before[name], entry["x_max"]) for name, entry in state["activations"].items())
+
+
+def test_which_integers_weights_may_take_is_restored() -> None:
+    model, restored = quantized(small()), quantized(small())
+    name, layer = next((name, found) for name, found in model.weight_layers().items() if found.bits == 4)
+    assert isinstance(layer, QuantLayer)
+    layer.learn_scale()
+    layer.narrow_range = False
+    state = quantizer_state(model)
+    load_quantizer_state(restored, state)
+    same = restored.weight_layers()[name]
+    assert isinstance(same, QuantLayer)
+    assert same.integer_range() == (-8, 7)
+    for saved in state["weights"].values():
+        del saved["narrow_range"]  # as files of earlier versions
+    load_quantizer_state(restored, state)
+    assert same.integer_range() == (-7, 7)
 
 
 def test_another_scheme_is_refused() -> None:
