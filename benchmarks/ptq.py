@@ -25,6 +25,7 @@ RECIPES = (
     ("w4a8", "mse+descent"),
     ("w4a8", "mse+balance+descent"),
     ("w4a8", "mse+adaround"),
+    ("w4a8", "mse+balance+adaround"),
     ("w4a4", "mse"),
     ("w4a4", "mse+descent"),
     ("w4a4", "mse+balance+descent"),

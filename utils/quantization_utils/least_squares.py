@@ -10,15 +10,16 @@ Sources: GPTQ, arXiv 2210.17323, which is Babai's nearest plane algorithm (arXiv
 inputs as targets, in part).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
-SHARES = (0.5, 1.0)  # of the float network's answers in the targets
-RIDGES = (0.01, 0.1, 0.5)
-STARTS = (0.85, 1.0, 1.15)  # of the scale
+# Share of the float network's answers in the targets, and ridge: see Quadratic.near.
+TRUSTS = tuple(product((0.5, 1.0), (0.01, 0.1, 0.5)))
+FEW_STARTS, STARTS = (0.85, 1.0, 1.15), (0.7, 0.775, 0.85, 0.925, 1.0, 1.075, 1.15, 1.25)  # of the scale
 SWEEPS, UNSETTLED = 12, 1e-3  # most sweeps; share of integers that must change for another one
 MOST_COLUMNS = 2048  # of nearest_plane, whose time grows with their cube
 COLUMNS = 128  # whose changes reach the other columns together
@@ -53,6 +54,10 @@ class Quadratic:
         groups, size, _ = self.gram.shape
         return (weights.reshape(groups, -1, size) @ self.gram).reshape(weights.shape)
 
+    def error(self, weights: Tensor) -> Tensor:
+        """The squared error [O] that weights [O, K] leave, less that of zeros, with the best bias for each."""
+        return ((self.times(weights) - 2 * self.cross) * weights).sum(1)
+
     def bias(self, weights: Tensor) -> Tensor:
         """The bias [O] without a mean error for weights [O, K]."""
         groups, size, _ = self.gram.shape
@@ -73,6 +78,10 @@ class Quadratic:
         held = replace(self, gram=gram)
         own = held.times(weights)
         return replace(held, cross=share * (self.cross + own - self.times(weights)) + (1 - share) * own)
+
+    def part(self, channels: Tensor) -> "Quadratic":
+        """Some output channels (bool [O]) of a layer of one group."""
+        return replace(self, cross=self.cross[channels], targets=self.targets[channels])
 
     def repeated(self, count: int) -> "Quadratic":
         """Every output channel ``count`` times, one after the other."""
@@ -148,28 +157,45 @@ def _sweep(
     product += (changed @ quadratic.gram[:, columns]).reshape(product.shape)
 
 
-def solutions(
-    quadratic: Quadratic, weights: Tensor, scale: Tensor, low: int, high: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Integers [O, K], scales [O] and biases [O] that are worth a look, float64.
+def solve(
+    quadratic: Quadratic,
+    weights: Tensor,
+    scale: Tensor,
+    bounds: tuple[int, int],
+    trust: tuple[float, float] | None,
+    starts: Sequence[float] = STARTS,
+    channels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers [O, K], scales [O] and biases [O], float64, with the least error that any of some starts leads to.
 
-    weights: float [O, K].  scale: [O], a good one for plain rounding.  First this rounding itself with the best bias;
-    the others differ in how far the targets are trusted and where the scale starts.  Which is best for new images,
-    other images must tell.
+    weights: float [O, K].  scale: [O], a good one for plain rounding; starts: factors of it.  bounds: lowest and
+    highest integer.  trust: share and ridge of :meth:`Quadratic.near`; None: plain rounding with the best bias.
+    channels: bool [O], those to solve for, all unless given; of the others nothing is promised.
     """
+    integers, found = (weights / scale[:, None]).round().clamp(*bounds), scale
+    if trust is not None:
+        held = quadratic.near(weights, *trust)
+        if channels is None or len(held.gram) > 1:
+            integers, found = _best_start(held, weights, scale, bounds, starts)
+        elif bool(channels.any()):
+            found = scale.clone()
+            integers[channels], found[channels] = _best_start(
+                held.part(channels), weights[channels], scale[channels], bounds, starts
+            )
+    return integers, found, quadratic.bias(integers * found[:, None])
+
+
+def _best_start(
+    quadratic: Quadratic, weights: Tensor, scale: Tensor, bounds: tuple[int, int], starts: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     rows, size = weights.shape
-    planes = len(quadratic.gram) == 1 and size <= MOST_COLUMNS
-    starts = (scale[:, None] * scale.new_tensor(STARTS)).flatten()
-    nearest = (weights / scale[:, None]).round().clamp(low, high)
-    yield nearest, scale, quadratic.bias(nearest * scale[:, None])
-    for share in SHARES:
-        for ridge in RIDGES:
-            held = quadratic.near(weights, share, ridge).repeated(len(STARTS))
-            if planes:
-                first = nearest_plane(held, starts, low, high)
-            else:
-                first = (weights.repeat_interleave(len(STARTS), 0) / starts[:, None]).round().clamp(low, high)
-            integers, found = descend(held, first, held.best_scale(first, starts), low, high)
-            for i in range(len(STARTS)):
-                own, steps = integers.reshape(rows, -1, size)[:, i], found.reshape(rows, -1)[:, i]
-                yield own, steps, quadratic.bias(own * steps[:, None])
+    scales = (scale[:, None] * scale.new_tensor(starts)).flatten()
+    held = quadratic.repeated(len(starts))
+    if len(held.gram) == 1 and size <= MOST_COLUMNS:
+        first = nearest_plane(held, scales, *bounds)
+    else:
+        first = (weights.repeat_interleave(len(starts), 0) / scales[:, None]).round().clamp(*bounds)
+    integers, found = descend(held, first, held.best_scale(first, scales), *bounds)
+    errors = held.error(integers * found[:, None]).reshape(rows, -1)
+    best = errors.argmin(1) + torch.arange(rows, device=errors.device) * len(starts)
+    return integers[best], found[best]

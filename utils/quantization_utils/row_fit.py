@@ -5,7 +5,7 @@ A layer with more weights a channel than there are positions to learn from, as a
 images by heart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.quantization_utils.adaround import Grid, SoftRounding, with_scale
 from utils.quantization_utils.blocks import Unit
-from utils.quantization_utils.least_squares import Quadratic, solutions
+from utils.quantization_utils.least_squares import FEW_STARTS, STARTS, TRUSTS, Quadratic, solve
 from utils.quantization_utils.output_scales import ROWS, best_scales
 from utils.quantization_utils.quant_modules import evaluated_bias
 from utils.quantization_utils.quant_primitives import per_channel
@@ -113,11 +113,11 @@ def fit_rows(
     solvable = _is_solvable(rows, grid)
     if solvable:
         channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
-        for number, option in enumerate(_options(rows, grid, own, shifts)):
+        for number, option in enumerate(_options(rows, grid, own, shifts, FEW_STARTS)):
             best.offer(other_error, *option, channels, number)
     steps = _learn(error, other_error, with_scale(grid, best.scale), best, settings, report)
     if solvable:
-        for number, option in enumerate(_options(together(rows, others), grid, own, shifts)):
+        for number, option in enumerate(_options(together(rows, others), grid, own, shifts, STARTS, best.number)):
             best.take(*option, best.number == number)
     layer = unit.layers[0].name
     biases = {layer: best.bias} if shifts and solvable else {}
@@ -131,14 +131,21 @@ def _is_solvable(rows: Rows, grid: Grid) -> bool:
 
 
 @torch.no_grad()
-def _options(rows: Rows, grid: Grid, own: Tensor, shifts: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Scales [O], integers [O, ...] and biases [O] of every solution, with the layer's own bias and the best one."""
+def _options(
+    rows: Rows, grid: Grid, own: Tensor, shifts: bool, starts: Sequence[float], chosen: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scales [O], integers [O, ...] and biases [O] of every solution, with the layer's own bias and the best one.
+
+    chosen: number [O] of the one option that is asked for, by channel; all unless given.
+    """
     assert rows.answers is not None
     quadratic = Quadratic.of(rows.inputs, rows.answers)
-    for integers, scale, bias in solutions(
-        quadratic, _weights(grid).flatten(1).double(), grid.scale.double(), grid.low, grid.high
-    ):
-        for choice in (own, bias.to(own)) if shifts else (own,):
+    weights, scales, bounds = _weights(grid).flatten(1).double(), grid.scale.double(), (grid.low, grid.high)
+    biases = 2 if shifts else 1
+    for number, trust in enumerate((None, *TRUSTS)):
+        channels = None if chosen is None else chosen.div(biases, rounding_mode="floor") == number
+        integers, scale, bias = solve(quadratic, weights, scales, bounds, trust, starts, channels)
+        for choice in (own, bias.to(own))[:biases]:
             yield scale.to(own), integers.to(own).reshape(grid.ratio.shape), choice
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.quantization_utils.least_squares import Quadratic, descend, nearest_plane, solutions
+from utils.quantization_utils.least_squares import TRUSTS, Quadratic, descend, nearest_plane, solve
 
 LOW, HIGH = -4, 3
 
@@ -26,6 +26,10 @@ def error(inputs: Tensor, answers: Tensor, weights: Tensor) -> Tensor:
     groups, size, _ = inputs.shape
     left = (weights.double().reshape(groups, -1, size) @ inputs.double()).flatten(0, 1) - answers.double()
     return left.var(1, correction=0)
+
+
+def solutions(quadratic: Quadratic, weights: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [solve(quadratic, weights, scale, (LOW, HIGH), trust) for trust in (None, *TRUSTS)]
 
 
 @pytest.mark.parametrize(("groups", "outputs"), [(1, 6), (2, 6), (6, 6)])
@@ -82,7 +86,7 @@ def test_least_squares_come_near_the_best_of_all_integers() -> None:
     assert float(plane.median()) < 0.7 * float(rounded.median())  # clamps can make it worse
     assert bool((plane >= optimum * (1 - 1e-6)).all())
     best = torch.stack(
-        [error(inputs, answers, z * s[:, None]) for z, s, _ in solutions(quadratic, weights.double(), scale, LOW, HIGH)]
+        [error(inputs, answers, z * s[:, None]) for z, s, _ in solutions(quadratic, weights.double(), scale)]
     ).amin(0)
     assert float(best.sum()) < 1.2 * float(optimum.sum())
 
@@ -102,7 +106,7 @@ def test_columns_without_inputs_and_channels_without_weights(groups: int) -> Non
     inputs[:, 2] = 0
     weights[3] = 0
     scales = torch.full((8,), 0.4, dtype=torch.float64)
-    found = list(solutions(Quadratic.of(inputs, answers), weights.double(), scales, LOW, HIGH))
+    found = solutions(Quadratic.of(inputs, answers), weights.double(), scales)
     assert {float(integers.min()) for integers, *_ in found} == {LOW}
     assert all(bool(torch.isfinite(part).all()) for solution in found for part in solution)
     assert all(float(scale.min()) > 0 for _, scale, _ in found)
@@ -118,3 +122,26 @@ def test_more_columns_than_are_changed_at_a_time(monkeypatch: pytest.MonkeyPatch
     parts = descend(quadratic, first, scale, LOW, HIGH)
     assert torch.equal(whole[0], parts[0])
     assert torch.allclose(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_some_channels_are_solved_as_among_all(groups: int) -> None:
+    inputs, weights, answers = rows(groups, 5, 8)
+    quadratic, scale = Quadratic.of(inputs, answers), weights.abs().amax(1).double() / HIGH
+    channels = torch.arange(8) % 3 == 0
+    every, some = (
+        solve(quadratic, weights.double(), scale, (LOW, HIGH), TRUSTS[0], channels=which) for which in (None, channels)
+    )
+    for a, b in zip(every, some, strict=True):
+        assert torch.equal(a[channels], b[channels])
+
+
+def test_more_starts_leave_no_larger_error() -> None:
+    inputs, weights, answers = rows(1, 12, 30)
+    quadratic, scale = Quadratic.of(inputs, answers), weights.abs().amax(1).double() / HIGH
+    one, few = (
+        solve(quadratic, weights.double(), scale, (LOW, HIGH), (1.0, 0.0), starts) for starts in ((1.0,), (0.8, 1.0))
+    )
+    lowest, lower = (error(inputs, answers, z * s[:, None]) for z, s, _ in (few, one))
+    assert bool((lowest <= lower * (1 + 1e-9)).all())
+    assert bool((lowest < lower * 0.99).any())
