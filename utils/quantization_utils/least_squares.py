@@ -92,10 +92,11 @@ class Quadratic:
         return torch.diagonal(self.gram, dim1=1, dim2=2)
 
 
-def nearest_plane(quadratic: Quadratic, scale: Tensor, low: int, high: int) -> Tensor:
-    """Integers [O, K] in low..high for scales [O], column after column from the one with the largest moment on.
+def nearest_plane(quadratic: Quadratic, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Integers [O, K] for scales [O], column after column from the one with the largest moment on.
 
-    Each column is rounded where the error of those before it is made up for best.  Only for layers of one group.
+    bounds: lowest and highest integer.  Each column is rounded where the error of those before it is made up for best.
+    Only for layers of one group.
     """
     (gram,) = quadratic.gram
     order = torch.argsort(gram.diagonal())
@@ -107,15 +108,16 @@ def nearest_plane(quadratic: Quadratic, scale: Tensor, low: int, high: int) -> T
     error = torch.zeros_like(best)  # of the weights of the columns that are done
     for k in range(len(order) - 1, -1, -1):
         wanted = best[:, k] + error[:, k + 1 :] @ upper[k, k + 1 :] / upper[k, k]
-        integers[:, k] = (wanted / scale).round().clamp(low, high)
+        integers[:, k] = (wanted / scale).round().clamp(*bounds)
         error[:, k] = best[:, k] - scale * integers[:, k]
     return integers[:, torch.argsort(order)]
 
 
-def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Integers [O, K] in low..high and scales [O] from which no change of a single integer helps much.
+def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Integers [O, K] and scales [O] from which no change of a single integer helps much.
 
-    The error never rises.  It stops at 12 sweeps over all columns, or when one changes less than 0.1 % of the integers.
+    bounds: lowest and highest integer.  The error never rises.  It stops at 12 sweeps over all columns, or when one
+    changes less than 0.1 % of the integers.
     """
     groups, size, _ = quadratic.gram.shape
     integers = integers.clone()
@@ -125,7 +127,7 @@ def descend(quadratic: Quadratic, integers: Tensor, scale: Tensor, low: int, hig
         wanted, product = quadratic.cross / scale[:, None], quadratic.times(integers)
         for start in range(0, size, COLUMNS):
             columns = slice(start, min(start + COLUMNS, size))
-            _sweep(quadratic, integers, wanted, product, squares, columns, low, high)
+            _sweep(quadratic, integers, wanted, product, squares, columns, bounds)
         scale = quadratic.best_scale(integers, scale)
         if int((integers != before).sum()) <= UNSETTLED * integers.numel():
             break
@@ -139,8 +141,7 @@ def _sweep(
     product: Tensor,
     squares: Tensor,
     columns: slice,
-    low: int,
-    high: int,
+    bounds: tuple[int, int],
 ) -> None:
     """One sweep over some columns, in place; ``product`` is kept equal to ``quadratic.times(integers)``."""
     groups = len(quadratic.gram)
@@ -148,7 +149,7 @@ def _sweep(
     local, old = product[:, columns].clone(), integers[:, columns].clone()
     for i, k in enumerate(range(columns.start, columns.stop)):
         square = squares[:, k]
-        best = (integers[:, k] + (wanted[:, k] - local[:, i]) / square.clamp_min(TINY)).round_().clamp_(low, high)
+        best = (integers[:, k] + (wanted[:, k] - local[:, i]) / square.clamp_min(TINY)).round_().clamp_(*bounds)
         best = torch.where(square > TINY, best, integers[:, k])
         change = (best - integers[:, k]).reshape(groups, -1, 1)
         local += (change * gram[:, None, i]).reshape(local.shape)
@@ -192,10 +193,10 @@ def _best_start(
     scales = (scale[:, None] * scale.new_tensor(starts)).flatten()
     held = quadratic.repeated(len(starts))
     if len(held.gram) == 1 and size <= MOST_COLUMNS:
-        first = nearest_plane(held, scales, *bounds)
+        first = nearest_plane(held, scales, bounds)
     else:
         first = (weights.repeat_interleave(len(starts), 0) / scales[:, None]).round().clamp(*bounds)
-    integers, found = descend(held, first, held.best_scale(first, scales), *bounds)
+    integers, found = descend(held, first, held.best_scale(first, scales), bounds)
     errors = held.error(integers * found[:, None]).reshape(rows, -1)
     best = errors.argmin(1) + torch.arange(rows, device=errors.device) * len(starts)
     return integers[best], found[best]

@@ -54,7 +54,7 @@ def test_descent_ends_where_no_single_change_helps(groups: int) -> None:
     quadratic = Quadratic.of(inputs, answers)
     scale = weights.abs().amax(1).double() / HIGH
     first = (weights / scale[:, None]).round().clamp(LOW, HIGH).double()
-    integers, found = descend(quadratic, first, scale, LOW, HIGH)
+    integers, found = descend(quadratic, first, scale, (LOW, HIGH))
     assert torch.equal(integers, integers.clamp(LOW, HIGH))
     assert torch.equal(integers, integers.round())
     lowest = error(inputs, answers, integers * found[:, None])
@@ -70,7 +70,7 @@ def test_nearest_plane_is_rounding_for_inputs_that_are_not_correlated() -> None:
     gram = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0])).double()[None]
     quadratic = Quadratic(gram, weights @ gram[0], torch.zeros(1, 4).double(), torch.zeros(5).double())
     scale = torch.full((5,), 0.3, dtype=torch.float64)
-    assert torch.equal(nearest_plane(quadratic, scale, LOW, HIGH), (weights / 0.3).round().clamp(LOW, HIGH))
+    assert torch.equal(nearest_plane(quadratic, scale, (LOW, HIGH)), (weights / 0.3).round().clamp(LOW, HIGH))
 
 
 def test_least_squares_come_near_the_best_of_all_integers() -> None:
@@ -82,7 +82,7 @@ def test_least_squares_come_near_the_best_of_all_integers() -> None:
         [error(inputs, answers, (everything[i] * scale[:, None])) for i in range(len(everything))]
     ).amin(0)
     rounded = error(inputs, answers, (weights / scale[:, None]).round() * scale[:, None])
-    plane = error(inputs, answers, nearest_plane(quadratic, scale, LOW, HIGH) * scale[:, None])
+    plane = error(inputs, answers, nearest_plane(quadratic, scale, (LOW, HIGH)) * scale[:, None])
     assert float(plane.median()) < 0.7 * float(rounded.median())  # clamps can make it worse
     assert bool((plane >= optimum * (1 - 1e-6)).all())
     best = torch.stack(
@@ -97,7 +97,7 @@ def test_what_is_held_near_the_weights_stays_there() -> None:
     held = Quadratic.of(inputs, -answers).near(weights.double(), share=0, ridge=1e4)
     scale = torch.full((8,), 0.4, dtype=torch.float64)
     expected = (weights / 0.4).round().clamp(LOW, HIGH).double()
-    assert torch.equal(nearest_plane(held, scale, LOW, HIGH), expected)
+    assert torch.equal(nearest_plane(held, scale, (LOW, HIGH)), expected)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -117,9 +117,9 @@ def test_more_columns_than_are_changed_at_a_time(monkeypatch: pytest.MonkeyPatch
     quadratic = Quadratic.of(inputs, answers)
     scale = weights.abs().amax(1).double() / HIGH
     first = (weights / scale[:, None]).round().double()
-    whole = descend(quadratic, first, scale, LOW, HIGH)
+    whole = descend(quadratic, first, scale, (LOW, HIGH))
     monkeypatch.setattr("utils.quantization_utils.least_squares.COLUMNS", 7)
-    parts = descend(quadratic, first, scale, LOW, HIGH)
+    parts = descend(quadratic, first, scale, (LOW, HIGH))
     assert torch.equal(whole[0], parts[0])
     assert torch.allclose(whole[1], parts[1])
 
