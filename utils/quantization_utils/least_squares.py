@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # Share of the float network's answers in the targets, and ridge: see Quadratic.near.
-TRUSTS = tuple(product((0.5, 1.0), (0.01, 0.1, 0.5)))
+TRUSTS = tuple(product((0.5, 1.0), (0.02, 0.1, 0.5, 2.0)))
 FEW_STARTS, STARTS = (0.85, 1.0, 1.15), (0.7, 0.775, 0.85, 0.925, 1.0, 1.075, 1.15, 1.25)  # of the scale
 SWEEPS, UNSETTLED = 12, 1e-3  # most sweeps; share of integers that must change for another one
 MOST_COLUMNS = 2048  # of nearest_plane, whose time grows with their cube
