@@ -6,7 +6,7 @@ images by heart.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from utils.quantization_utils.side_by_side import SideBySide, passes_in_float, r
 
 PROBE_ROWS = 1 << 14
 EIGHT_BITS = 127  # largest integer from which on plain rounding is good enough
+CLEARLY = 0.97  # share of the error of least squares that learned rounding may leave at most to replace them
 
 
 def rows_of(unit: Unit, walk: SideBySide, grid: Grid, images: range, seed: int) -> Rows:
@@ -89,7 +90,7 @@ class _Best:
         better = channels & (losses < self.losses)
         self.take(scale, integers, bias, better)
         self.losses = torch.where(better, losses, self.losses)
-        self.number[better] = number
+        self.number = torch.where(better, number, self.number)
 
     def take(self, scale: Tensor, integers: Tensor, bias: Tensor, channels: Tensor) -> None:
         """Take over some channels."""
@@ -103,8 +104,9 @@ def fit_rows(
     """Scales, integers and, where it ``shifts``, biases for a unit's only layer.
 
     others: rows of images that are not learned from.  First by least squares where every channel can have a scale of
-    its own, then, for ``settings.steps``, by learned rounding in the steps that were found.  Channels for which least
-    squares stay the best are solved once more, in the way that was best for them, with all rows.
+    its own, then, for ``settings.steps``, by learned rounding in the steps that were found.  That looks at the other
+    rows often and keeps the best look, so it must beat least squares clearly.  Channels for which least squares stay
+    are solved once more, in the way that was best for them, with all rows.
     """
     error, other_error, own = _Error(unit, rows), _Error(unit, others), evaluated_bias(grid.layer)
     grid = with_scale(grid, best_scales(grid, lambda weights: other_error.probe(weights, own, ROWS)))
@@ -115,8 +117,12 @@ def fit_rows(
         channels = grid.free.flatten(1).any(1) & (grid.factor != 0)
         for number, option in enumerate(_options(rows, grid, own, shifts, FEW_STARTS)):
             best.offer(other_error, *option, channels, number)
-    steps = _learn(error, other_error, with_scale(grid, best.scale), best, settings, report)
+    learned = replace(best, number=torch.full_like(best.number, -1))
+    steps = _learn(error, other_error, with_scale(grid, best.scale), learned, settings, report)
+    clearly = learned.losses < (CLEARLY if solvable else 1.0) * best.losses
+    best.take(learned.scale, learned.integers, learned.bias, clearly)
     if solvable:
+        best.number = torch.where(clearly, -1, best.number)
         for number, option in enumerate(_options(together(rows, others), grid, own, shifts, STARTS, best.number)):
             best.take(*option, best.number == number)
     layer = unit.layers[0].name

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.utils.quantization_utils.test_reconstruct import DESCENT, QUICK, images, network
+from utils.quantization_utils import row_fit
 from utils.quantization_utils.adaround import Grid, pin_grid
 from utils.quantization_utils.blocks import Unit, layer_units
 from utils.quantization_utils.quant_modules import QuantLayer, evaluated_bias
@@ -56,7 +57,7 @@ def test_least_squares_lower_the_error_behind_the_activation(shifts: bool) -> No
         own = evaluated_bias(grid.layer)
         both = together(learned, others)
         before = error(unit, both, grid.nearest, grid.scale, own)
-        found = fit_rows(unit, learned, others, grid, DESCENT, lambda step, loss: None, shifts)
+        found = fit_rows(unit, learned, others, grid, DESCENT, noted_nowhere, shifts)
         (name,) = found.integers
         ends = unit.name in ("stem.0", "head")  # of 8 bits
         assert set(found.biases) == ({name} if shifts and not ends else set())
@@ -82,6 +83,29 @@ def test_learned_rounding_begins_where_least_squares_end() -> None:
         ]
         assert [part.steps > 0 for part in found] == [False, True]
         assert losses == sorted(losses, reverse=True)
+
+
+def test_learned_rounding_replaces_least_squares_only_where_it_is_clearly_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replaced = dict.fromkeys((0.0, row_fit.CLEARLY, 1.0), 0)
+    for walk, unit, grid in walked("w3a8"):
+        if unit.name in ("stem.0", "head"):  # of 8 bits, without least squares
+            continue
+        learned, others = (rows_of(unit, walk, grid, part, seed=3) for part in (walk.learned, walk.checked))
+        fit = partial(fit_rows, unit, learned, others, grid)
+        (solved,) = fit(DESCENT, noted_nowhere, shifts=True).integers.values()
+        for share in replaced:
+            monkeypatch.setattr(row_fit, "CLEARLY", share)
+            (integers,) = fit(QUICK, noted_nowhere, shifts=True).integers.values()
+            replaced[share] += int((integers != solved).flatten(1).any(1).sum())
+    none, some, all_of_them = replaced.values()
+    assert none == 0
+    assert 0 < some < all_of_them
+
+
+def noted_nowhere(step: int, loss: float) -> None:
+    pass
 
 
 def noted(losses: list[float], step: int, loss: float) -> None:
