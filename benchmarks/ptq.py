@@ -16,6 +16,7 @@ NETWORKS = {
     "ResNet-20": ("cifar", RESNET20),
     "ResNet-56": ("cifar", RESNET56),
 }
+LINEAR = ("MobileNetV2",)  # networks with linear streams
 CALIBRATORS = ("minmax", "ema", "ema_quantile", "mse", "ema_mse", "percentile", "kl")
 RECIPES = (
     *(("w8a8", calibrator) for calibrator in CALIBRATORS),
@@ -24,11 +25,15 @@ RECIPES = (
     ("w4a8", "mse+equalize+bias"),
     ("w4a8", "mse+descent"),
     ("w4a8", "mse+balance+descent"),
+    ("w4a8", "mse+balance+affine+descent"),
     ("w4a8", "mse+adaround"),
     ("w4a8", "mse+balance+adaround"),
+    ("w4a8", "mse+balance+affine+adaround"),
     ("w4a4", "mse"),
     ("w4a4", "mse+descent"),
     ("w4a4", "mse+balance+descent"),
+    ("w4a4", "mse+affine+descent"),
+    ("w4a4", "mse+balance+affine+descent"),
     ("w4a4", "mse+adaround"),
     ("w4a4", "mse+block"),
 )
@@ -36,6 +41,7 @@ CASES: Cases = {
     f"{network} {scheme} {recipe}": (data, f"{flags} --quant-scheme {scheme} --ptq {recipe} --calib-images 256")
     for scheme, recipe in RECIPES
     for network, (data, flags) in NETWORKS.items()
+    if "affine" not in recipe or network in LINEAR
 } | {
     "MobileNetV2 w4a8, published setting of mse+adaround": (
         "imagenet",

@@ -53,15 +53,17 @@ RANKS: tuple[str, ...] = (
     quantization_utils.side_by_side quantization_utils.simulate quantization_utils.single_layer
     quantization_utils.state quantization_utils.training quantization_utils.weight_ranges /zoo.table""",
     """/benchmarks.qat_step /tvm_benchmark.convolution experiment quantization_utils.bias_correction
-    quantization_utils.output_scales quantization_utils.quantization_errors quantization_utils.sensitivity_loss
-    quantization_utils.sensitivity_state quantization_utils.sqnr run_data train_flags trainer""",
-    """/tvm_benchmark.lowering api doctor.outcomes flag_checks quantization_utils.balance
+    quantization_utils.channel_groups quantization_utils.output_scales quantization_utils.quantization_errors
+    quantization_utils.sensitivity_loss quantization_utils.sensitivity_state quantization_utils.sqnr run_data
+    train_flags trainer""",
+    """/tvm_benchmark.lowering api doctor.outcomes flag_checks quantization_utils.channel_statistics
     quantization_utils.hessian_trace quantization_utils.reconstruction_fit random_networks run_state""",
     """/benchmarks.calibration_cost /benchmarks.engine_speed /benchmarks.equality /benchmarks.families
-    /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials quantization_utils.ptq
-    quantization_utils.reconstruction_state quantization_utils.row_fit quantization_utils.sensitivity_images
-    /zoo.runs""",
-    """/tvm_benchmark.compile doctor.examine quantization_utils.reconstruct quantization_utils.sensitivity""",
+    /examples.own_model /tvm_benchmark.subject /tvm_benchmark.tune doctor.trials quantization_utils.affine
+    quantization_utils.balance quantization_utils.reconstruction_state quantization_utils.row_fit
+    quantization_utils.sensitivity_images /zoo.runs""",
+    """/tvm_benchmark.compile doctor.examine quantization_utils.ptq quantization_utils.reconstruct
+    quantization_utils.sensitivity""",
     """/benchmarks.search_effect /benchmarks.sensitivity_cost /benchmarks.tvm_equality /benchmarks.tvm_memory
     /tvm_benchmark.layer_latency /tvm_benchmark.validate calibration_run doctor.advice search_run""",
     """/tvm_benchmark.benchmark doctor.report graph_evaluation quantization_utils.board_network""",

@@ -66,7 +66,7 @@ def _check_ptq(args: argparse.Namespace) -> None:
         raise UserError("--ptq quantizes, the scheme float does not; give another --quant-scheme")
     if args.calibration not in (MSE, recipe.activations):
         raise UserError(f"--ptq {args.ptq} and --calibration {args.calibration} differ; leave out --calibration")
-    if (recipe.balance or recipe.rounding == DESCENT) and not args.channel_wise:
+    if (recipe.balance or recipe.affine or recipe.rounding == DESCENT) and not args.channel_wise:
         raise UserError(f"--ptq {args.ptq} needs a scale for every channel; leave out --no-channel-wise")
     if args.ptq_setting != QUICK and recipe.rounding not in LEARNED:
         raise UserError(f"--ptq {args.ptq} learns nothing; leave out --ptq-setting, or add {' or '.join(LEARNED)}")

@@ -104,8 +104,8 @@ FLAGS: dict[str, tuple[Row, ...]] = {
         ("--calibration", one_of(*METHODS), MSE, "how activation ranges are found before training"),
         ("--ptq", NAME, None,
          "post-training quantization, parts joined by +: a calibrator of --calibration (mse and ema_mse are for "
-         "weights too; W/A names both, such as mse/ema_quantile), any of equalize, balance, bias, and one of descent, "
-         "adaround and block; implies --epochs 0"),
+         "weights too; W/A names both, such as mse/ema_quantile), any of equalize, balance, affine, bias, and one of "
+         "descent, adaround and block; implies --epochs 0"),
         ("--ptq-backend", one_of(*BACKENDS), DEFAULT,
          "whose quantization --ptq does: hawq is the integer graph, the others are simulated in float and evaluated, "
          "without integer graph and checkpoint"),

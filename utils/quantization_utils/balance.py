@@ -16,32 +16,23 @@ arXiv 2306.00978, too, by another rule.
 Behind a ceiling (ReLU6) only channels that hardly reach it are scaled, and only so far that they still do not.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from math import log10
 
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-from utils.quantization_utils.bias_correction import limited
-from utils.quantization_utils.equalize import by_input, ceiling_of, commutes, parameter_uses, scale_outputs, why_fixed
-from utils.quantization_utils.execution import channel_rows, run_ops
-from utils.quantization_utils.float_ops import Op
+from utils.quantization_utils.channel_groups import Group, by_group, find_groups, layers_of
+from utils.quantization_utils.channel_statistics import Seen, input_step, observe, output_power, weight_steps
+from utils.quantization_utils.equalize import by_input, scale_outputs
 from utils.quantization_utils.fold_bn import fold
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer
-from utils.quantization_utils.quant_primitives import int_range
 
-IMAGES = 128
-EIGHT_BITS = 8  # from which on the rounding of weights hardly counts
-POWER = 8  # of the mean that stands for the largest weight of a row
-STEP = 1.4  # best step times the largest integer and a half, over that mean: of normal weights at 4 bits
 LARGEST = 8.0  # factor up or down
-AT_CEILING, HARDLY = 0.9999, 0.001  # a value there, and the share of them that may be lost
+HARDLY = 0.001  # share of values at a ceiling that may be lost
 STEPS, RATE = 200, 0.05  # of Adam on log c
-DAMPING = 1e-6  # of the covariance's diagonal
-TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -52,51 +43,6 @@ class Balanced:
     decibels: float
 
 
-@dataclass(eq=False)
-class Group:
-    """Tensors that must be scaled alike: who makes them, who reads them, the ceilings behind them, their channels.
-
-    fixed: something else makes or reads one of them.
-    """
-
-    makers: list[Op] = field(default_factory=list)
-    readers: list[Op] = field(default_factory=list)
-    ceilings: list[tuple[str, float]] = field(default_factory=list)
-    channels: set[int] = field(default_factory=set)
-    fixed: bool = False
-
-
-@dataclass
-class Seen:
-    """The values of a tensor [C, values]: how many, sums float64 [C] and [C, C], largest, and how many at a ceiling."""
-
-    count: int
-    total: Tensor
-    products: Tensor
-    largest: Tensor
-    clipped: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, ceiling: float | None) -> "Seen":
-        """From values float32 [C, values]."""
-        top = torch.inf if ceiling is None else AT_CEILING * ceiling
-        largest, clipped = rows.abs().amax(1).double(), (rows >= top).sum(1)
-        return cls(rows.shape[1], rows.sum(1).double(), (rows @ rows.T).double(), largest, clipped)
-
-    def with_more(self, other: "Seen") -> "Seen":
-        """Together with the values of other images."""
-        largest = torch.maximum(self.largest, other.largest)
-        total, products = self.total + other.total, self.products + other.products
-        return Seen(self.count + other.count, total, products, largest, self.clipped + other.clipped)
-
-    def covariance(self) -> Tensor:
-        """Float64 [C, C], a little of the diagonal added so that it has an inverse."""
-        mean = self.total / self.count
-        covariance = self.products / self.count - mean[:, None] * mean
-        diagonal = covariance.diagonal()
-        return covariance + torch.diag(DAMPING * diagonal.clamp_min(0) + TINY * (1 + diagonal.mean()))
-
-
 @torch.no_grad()
 def balance(model: QuantizedModel, batches: Iterable[Tensor]) -> Balanced:
     """Scale channels of the float network in place; its function stays, but for what a ceiling no longer cuts off.
@@ -105,95 +51,20 @@ def balance(model: QuantizedModel, batches: Iterable[Tensor]) -> Balanced:
     afterwards.  Raises UserError for values that are not finite.
     """
     groups = find_groups(model)
-    seen = _observe(model, batches, groups)
-    bad = next((name for name, values in seen.items() if not bool(torch.isfinite(values.products).all())), None)
-    if bad is not None:
-        raise UserError(
-            f"balancing met values that are not finite at {bad!r}; check the weights and the images for NaN or infinity"
-        )
+    wanted: dict[str, float | None] = {name: None for group in groups for name, _ in group.gaining()}
+    seen = observe(
+        model, batches, wanted | dict(ceiling for group in groups for ceiling in group.ceilings), "balancing"
+    )
     gains = []
     for group in groups:
         factors, gain = best_factors(group, seen)
         gains.append(gain)
-        for layer in _layers(group.makers):
+        for layer in layers_of(group.makers):
             scale_outputs(layer, (1 / factors).to(layer.module.weight))
-        for layer in _layers(group.readers):
+        for layer in layers_of(group.readers):
             columns = by_input(layer.module)
-            columns.mul_(_by_group(factors, columns).to(columns))
+            columns.mul_(by_group(factors, columns).to(columns))
     return Balanced(len(groups), sum(gains) / max(1, len(gains)))
-
-
-def find_groups(model: QuantizedModel) -> list[Group]:
-    """The groups that may be scaled and of which a reader gains, in order."""
-    group_of: dict[str, Group] = {}
-    uses, ops = parameter_uses(model), {op.name: op for op in model.ops}
-    for op in model.ops:
-        read = [group_of[name] for name in op.inputs]
-        if op.kind == "add":
-            group = _joined(read, group_of)
-        elif op.inputs and commutes(ops[op.inputs[0]], op):
-            group = read[0]
-        else:
-            group = Group(makers=[op], fixed=why_fixed(op, uses) is not None)
-            for part in read if op.kind != "host" else ():
-                part.readers.append(op)
-                part.fixed |= why_fixed(op, uses, reads=True) is not None
-        group_of[op.name] = group
-        group.channels.add(op.shape[0] if op.shape else 0)
-        ceiling = ceiling_of(op)
-        group.ceilings += [] if ceiling is None else [(op.name, ceiling)]
-    groups = dict.fromkeys(group_of.values())
-    return [g for g in groups if not g.fixed and len(g.channels) == 1 and _gaining(g)]
-
-
-def _joined(parts: Sequence[Group], group_of: dict[str, Group]) -> Group:
-    """One group in place of several."""
-    result = Group()
-    for part in dict.fromkeys(parts):
-        result.makers += part.makers
-        result.readers += part.readers
-        result.ceilings += part.ceilings
-        result.channels |= part.channels
-        result.fixed |= part.fixed
-    group_of.update({name: result for name, group in group_of.items() if group in parts})
-    return result
-
-
-def _layers(ops: Iterable[Op]) -> list[QuantLayer]:
-    return [op.module for op in ops if isinstance(op.module, QuantLayer)]
-
-
-def _gaining(group: Group) -> list[tuple[str, QuantLayer]]:
-    """The readers to whose rounding the sizes of input channels matter, with the tensor each reads.
-
-    They do not matter to a depthwise layer's.
-    """
-    layers = [(op.inputs[0], layer) for op in group.readers for layer in _layers([op])]
-    return [(name, layer) for name, layer in layers if layer.bits < EIGHT_BITS and by_input(layer.module).shape[2] > 1]
-
-
-def _by_group(channels: Tensor, columns: Tensor) -> Tensor:
-    """Values [I] of input channels beside weights [groups, O / groups, I / groups, positions]."""
-    return channels.reshape(columns.shape[0], 1, -1, 1)
-
-
-def _observe(model: QuantizedModel, batches: Iterable[Tensor], groups: Sequence[Group]) -> dict[str, Seen]:
-    """What the float network has at the inputs of readers that gain, and at ceilings."""
-    wanted = {name for group in groups for name, _ in _gaining(group)}
-    ceilings = dict(ceiling for group in groups for ceiling in group.ceilings)
-    seen: dict[str, Seen] = {}
-    left = IMAGES
-    model.eval()
-    for batch in batches if groups else ():
-        for part in limited(model, [batch[:left]]):
-            for op, (output,) in run_ops(model, [part], quantized=False):
-                if op.name in wanted or op.name in ceilings:
-                    found = Seen.of(channel_rows(op, output), ceilings.get(op.name))
-                    seen[op.name] = seen[op.name].with_more(found) if op.name in seen else found
-        left -= len(batch)
-        if left <= 0:
-            break
-    return seen
 
 
 class _Noise:
@@ -204,32 +75,23 @@ class _Noise:
         self.columns = by_input(layer.module, weight).double()
         covariance = seen.covariance()
         self.unforetold = 1 / torch.linalg.inv(covariance).diagonal()
-        self.most = int_range(layer.bits, True)[1] + 0.5
-        self.largest, self.source = seen.largest, layer.source
-        groups, _, size, _ = self.columns.shape
-        own = torch.stack([covariance[i : i + size, i : i + size] for i in range(0, groups * size, size)])
-        self.power = torch.einsum("goip,gij,gojp->", self.columns, own, self.columns).clamp_min(TINY)
+        self.largest, self.source, self.bits = seen.largest, layer.source, layer.bits
+        self.power = output_power(self.columns, covariance)
 
     def __call__(self, factors: Tensor) -> Tensor:
         """For factors [I] of the weights' columns."""
-        scaled = self.columns * _by_group(factors, self.columns)
+        scaled = self.columns * by_group(factors, self.columns)
         positions = scaled.shape[3]
-        peaks = scaled.abs().pow(POWER).mean((2, 3)).clamp_min(TINY**POWER).pow(1 / POWER)  # rows may be all zero
-        inputs = _by_group(self.unforetold / factors.square(), self.columns).sum((1, 2, 3)) * positions
-        rounding = (STEP / self.most * peaks).square().sum(1) @ inputs
-        return (rounding + self._step(factors).square() * scaled.square().sum()) / 12 / self.power
-
-    def _step(self, factors: Tensor) -> Tensor:
-        """Of the layer's input."""
-        if self.source is None or self.source.bits > EIGHT_BITS:
-            return factors.new_zeros(())
-        return (self.largest / factors).amax() / int_range(self.source.bits, self.source.signed)[1]
+        inputs = by_group(self.unforetold / factors.square(), self.columns).sum((1, 2, 3)) * positions
+        rounding = weight_steps(scaled, self.bits).square().sum(1) @ inputs
+        step = input_step((self.largest / factors).amax(), self.source)
+        return (rounding + step.square() * scaled.square().sum()) / 12 / self.power
 
 
 @torch.no_grad()
 def best_factors(group: Group, seen: dict[str, Seen]) -> tuple[Tensor, float]:
     """Factors float64 [C] of the weights that read a group, and by how many decibels they lower the noise."""
-    noises = [_Noise(layer, seen[name]) for name, layer in _gaining(group)]
+    noises = [_Noise(layer, seen[name]) for name, layer in group.gaining()]
     held, least = _limits(group, seen, noises[0].largest)
     logs = torch.zeros_like(least, requires_grad=True)
     optimiser = torch.optim.Adam([logs], lr=RATE)

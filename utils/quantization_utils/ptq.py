@@ -1,8 +1,9 @@
 """Post-training quantization as a recipe says.
 
-Whatever the recipe, the order is: equalise, balance, calibrate activations on the float network, choose weight ranges,
-round by least squares or learning, correct biases.  Everything ends up in the float model's parameters, in ranges and
-in learned scales, so conversion, checkpoints and later training need to know nothing of it.
+Whatever the recipe, the order is: equalise, balance, transform linear streams, calibrate activations on the float
+network, choose weight ranges, round by least squares or learning, correct biases.  Everything ends up in the float
+model's parameters, in ranges and in learned scales, so conversion, checkpoints and later training need to know nothing
+of it.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.quantization_utils.affine import transform_streams
 from utils.quantization_utils.balance import balance
 from utils.quantization_utils.bias_correction import correct_biases, float_means, limited
 from utils.quantization_utils.calibrate import calibrate
@@ -47,6 +49,9 @@ def quantize_after_training(
     if recipe.balance:
         balanced = balance(model, batches)
         say(f"balanced channels: {balanced.groups} groups of tensors, noise foretold {balanced.decibels:.2f} dB lower")
+    if recipe.affine:
+        done = transform_streams(model, batches)
+        say(f"transformed linear streams: {done.streams}, noise foretold {done.decibels:.2f} dB lower")
     reference = {key: value.clone() for key, value in model.model.state_dict().items()}
     images = calibrate(model, batches, recipe.activations, percentile, power)
     say(f"activation ranges: {recipe.activations} on {images} images")
@@ -60,8 +65,9 @@ def quantize_after_training(
             raise UserError(f"--ptq with {recipe.rounding} is not available here; leave it out")
         rounding(model)
     if recipe.bias:
-        done = correct_biases(model, first, means)
-        say(f"bias correction: {len(done.layers)} layers on {done.images} images{_left_out(done.skipped)}")
+        corrected = correct_biases(model, first, means)
+        left_out = _left_out(corrected.skipped)
+        say(f"bias correction: {len(corrected.layers)} layers on {corrected.images} images{left_out}")
     return reference
 
 

@@ -6,11 +6,11 @@ from utils.errors import UserError
 from utils.quantization_utils.calibrators import METHODS, MSE_METHODS
 
 WEIGHT_METHODS = ("minmax", "mse")
-EQUALIZE, BALANCE, BIAS = "equalize", "balance", "bias"
+EQUALIZE, BALANCE, AFFINE, BIAS = "equalize", "balance", "affine", "bias"
 DESCENT, ADAROUND, BLOCK = "descent", "adaround", "block"
 LEARNED = (ADAROUND, BLOCK)
 ROUNDINGS = (DESCENT, *LEARNED)
-AROUND = (EQUALIZE, BALANCE, BIAS)  # what can be done in front of or behind rounding
+AROUND = (EQUALIZE, BALANCE, AFFINE, BIAS)  # what can be done in front of or behind rounding
 CORRECTIONS = (*AROUND, *ROUNDINGS)
 POWER, ROUNDING_POWER = 2.0, 2.4  # of the mse searches, alone and in front of learned rounding (MQBench's settings)
 
@@ -23,6 +23,7 @@ class PtqRecipe:
     activations: str
     equalize: bool = False
     balance: bool = False
+    affine: bool = False
     bias: bool = False
     rounding: str | None = None
 
@@ -39,7 +40,7 @@ def parse_recipe(text: str) -> PtqRecipe:
     names both.  Raises UserError for anything else.
 
     >>> parse_recipe("mse+bias")
-    PtqRecipe(weights='mse', activations='mse', equalize=False, balance=False, bias=True, rounding=None)
+    PtqRecipe(weights='mse', activations='mse', equalize=False, balance=False, affine=False, bias=True, rounding=None)
     """
     parts = text.split("+")
     calibrators = [part for part in parts if part not in CORRECTIONS]
@@ -54,8 +55,8 @@ def parse_recipe(text: str) -> PtqRecipe:
         raise _refusal(text, "names a part twice" if twice else f"has both {rounding[0]} and {rounding[1]}")
     weights, _, activations = calibrators[0].rpartition("/")
     weights = weights or ("mse" if activations in MSE_METHODS else "minmax")
-    equalize, balance, bias = (part in parts for part in AROUND)
-    return PtqRecipe(weights, activations, equalize, balance, bias, rounding[0] if rounding else None)
+    around = {part: part in parts for part in AROUND}
+    return PtqRecipe(weights, activations, **around, rounding=rounding[0] if rounding else None)
 
 
 def _is_calibrator(part: str) -> bool:

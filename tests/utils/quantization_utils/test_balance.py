@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from utils.api import quantize
 from utils.errors import UserError
 from utils.quantization_utils import balance as module
-from utils.quantization_utils.balance import Group, Seen, balance, best_factors, find_groups
+from utils.quantization_utils.balance import balance, best_factors
+from utils.quantization_utils.channel_groups import Group, find_groups
+from utils.quantization_utils.channel_statistics import Seen, observe
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer
 from utils.quantization_utils.weight_ranges import calibrate_weights
@@ -113,9 +115,14 @@ def test_channels_at_a_ceiling_stay() -> None:
     with torch.no_grad():
         net.deep[0][1].bias[:3] += 6.0
     group = next(g for g in find_groups(model) if names(g)[0] == ["deep.0.0"])
-    factors, _ = best_factors(group, module._observe(model, [images()], [group]))
+    factors, _ = best_factors(group, seen(model, group))
     assert torch.equal(factors[:3], torch.ones(3, dtype=torch.float64))
     assert not bool((factors[3:] == 1).any())
+
+
+def seen(model: QuantizedModel, group: Group) -> dict[str, Seen]:
+    wanted: dict[str, float | None] = {name: None for name, _ in group.gaining()}
+    return observe(model, [images()], wanted | dict(group.ceilings), "balancing")
 
 
 def noise(weight: np.ndarray, covariance: np.ndarray, largest: np.ndarray, c: np.ndarray) -> float:
@@ -134,7 +141,7 @@ def test_factors_are_the_best() -> None:
         layer(model, "project.0.0").module.weight[:, 0] *= 6
     group = next(g for g in find_groups(model) if names(g)[0] == ["deep.0.0"])
     (name,) = {op.inputs[0] for op in group.readers}
-    values = module._observe(model, [images()], [group])[name]
+    values = seen(model, group)[name]
     factors, decibels = best_factors(group, {name: values})
     reader = layer(model, "project.0.0")
     k = reader.bn.weight / torch.sqrt(reader.bn.running_var + reader.bn.eps)  # type: ignore[union-attr, operator]

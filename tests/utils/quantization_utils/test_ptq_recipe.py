@@ -20,6 +20,7 @@ from utils.quantization_utils.ptq_recipe import PtqRecipe, parse_recipe
         ("bias+kl", PtqRecipe("minmax", "kl", bias=True)),
         ("mse+adaround", PtqRecipe("mse", "mse", rounding="adaround")),
         ("balance+mse+descent", PtqRecipe("mse", "mse", balance=True, rounding="descent")),
+        ("affine+mse", PtqRecipe("mse", "mse", affine=True)),
         ("block+equalize+mse/ema+bias", PtqRecipe("mse", "ema", equalize=True, bias=True, rounding="block")),
     ],
 )
@@ -64,4 +65,4 @@ def test_refusals(text: str, sentence: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"--ptq {text!r} {sentence}; give one calibrator (")
     assert "\n" not in message
-    assert message.endswith("equalize, balance, bias and one of descent, adaround, block, joined by +")
+    assert message.endswith("equalize, balance, affine, bias and one of descent, adaround, block, joined by +")
