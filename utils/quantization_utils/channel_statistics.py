@@ -17,6 +17,7 @@ IMAGES = 128
 AT_CEILING = 0.9999  # share of a ceiling from which on a value is at it
 POWER = 8  # of the mean that stands for the largest weight of a row
 STEP = 1.4  # best step times the largest integer and a half, over that mean: of normal weights at 4 bits
+AT_A_TIME = 1 << 16  # values of a channel in float64
 DAMPING = 1e-6  # of the covariance's diagonal
 TINY = 1e-12
 
@@ -36,7 +37,10 @@ class Seen:
         """From values float32 [C, values]."""
         top = torch.inf if ceiling is None else AT_CEILING * ceiling
         largest, clipped = rows.abs().amax(1).double(), (rows >= top).sum(1)
-        return cls(rows.shape[1], rows.sum(1).double(), (rows @ rows.T).double(), largest, clipped)
+        products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for part in rows.split(AT_A_TIME, 1):
+            products.addmm_(part.double(), part.double().T)
+        return cls(rows.shape[1], rows.sum(1, dtype=torch.float64), products, largest, clipped)
 
     def with_more(self, other: "Seen") -> "Seen":
         """Together with the values of other images."""

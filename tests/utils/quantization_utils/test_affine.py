@@ -33,15 +33,6 @@ def test_only_streams_are_linear() -> None:
     assert readers == ["expand.0.0", "expand.1.0", "last.0"]
 
 
-@pytest.mark.parametrize("between", [nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 1, groups=2)])
-def test_what_only_factors_pass(between: nn.Module) -> None:
-    class Chain(nn.Sequential):
-        pass
-
-    model = network(Chain(nn.Conv2d(3, 6, 1), between, nn.Conv2d(6, 6, 3), nn.Flatten(), nn.LazyLinear(5)))
-    assert [group for group in find_groups(model) if group.mixable] == []
-
-
 @pytest.mark.parametrize("clip", [nn.ReLU, nn.ReLU6])
 def test_the_function_stays(clip: type[nn.Module]) -> None:
     model = network(Residual(clip))

@@ -43,20 +43,6 @@ class Residual(nn.Module):
         return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(self.last(x), 1), 1))
 
 
-class Others(nn.Module):
-    """What must not be scaled: parts of a concatenation, a product, a weight used twice, what a sigmoid reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Conv2d(3 if i == 0 else 4, 4, 1) for i in range(4))
-        self.shared, self.tail, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 8), nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        x = torch.relu(self.shared(torch.relu(self.shared(x)))) * torch.sigmoid(self.b(x))
-        return self.head(torch.flatten(torch.relu(self.tail(torch.cat((self.c(x), self.d(x)), 1))), 1))
-
-
 def images(count: int = 32) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(7))
 
@@ -82,19 +68,6 @@ def answers(model: QuantizedModel) -> Tensor:
     model.enable(False)
     result: Tensor = model(images())
     return result
-
-
-def test_groups_of_a_residual_network() -> None:
-    stream, *inner = [names(group) for group in find_groups(network(Residual()))]
-    assert sorted(stream[0]) == ["project.0.0", "project.1.0", "stem.0"]
-    assert stream[1] == ["expand.0.0", "expand.1.0", "last.0"]
-    # A depthwise layer gains nothing, nor does the classifier with its 8 bits.
-    assert inner == [([f"deep.{i}.0"], [f"project.{i}.0"]) for i in range(2)]
-
-
-def test_what_is_not_linear_is_not_scaled() -> None:
-    found = [names(group) for group in find_groups(network(Others()))]
-    assert found == []
 
 
 @pytest.mark.parametrize("clip", [nn.ReLU, nn.ReLU6])
@@ -177,17 +150,6 @@ def test_rounding_gains() -> None:
             return float((model(images()) - exact).square().sum())
 
     assert error(balanced=True) < 0.5 * error(balanced=False)
-
-
-def test_sums_of_parts_are_sums() -> None:
-    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    whole, parts = Seen.of(values, 0.5), Seen.of(values[:, :10], 0.5).with_more(Seen.of(values[:, 10:], 0.5))
-    assert (whole.count, parts.count) == (40, 40)
-    assert torch.equal(whole.largest, parts.largest)
-    assert torch.equal(whole.clipped, parts.clipped)
-    assert torch.equal(whole.clipped, (values >= 0.9999 * 0.5).sum(1))
-    assert torch.allclose(whole.covariance(), parts.covariance())
-    assert torch.allclose(whole.covariance(), torch.cov(values.double(), correction=0), atol=1e-5)
 
 
 def test_dead_channels_and_one_image() -> None:
