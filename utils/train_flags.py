@@ -39,7 +39,7 @@ EXAMPLES = """examples:
       the layers, their bits and what they cost
   python quant_train.py -a mobilenetv2_w1 --weights w.pth --data IMAGENET --quant-scheme uniform8 --epochs 0
       quantize by calibration alone
-  python quant_train.py -a mobilenetv2_w1 --weights w.pth --data IMAGENET --quant-scheme w4a8 --ptq mse+balance+descent
+  python quant_train.py -a mobilenetv2_w1 --weights W --data DIR --quant-scheme w4a8 --ptq mse+balance+affine+descent
       the same with rounding by least squares; the worst layers are named and drawn
   python quant_train.py -a resnet18 --pretrained --data IMAGENET --quant-scheme uniform4 --epochs 5 --lr 0.001
       quantization-aware training

@@ -240,7 +240,7 @@ def test_the_published_setting_is_the_published_one(
             "--ptq mse+descent learns nothing; leave out --ptq-setting",
         ),
         (("--ptq", "mse+descent", "--no-channel-wise"), "--ptq mse+descent needs a scale for every channel; leave out"),
-        (("--ptq", "mse+affine", "--no-channel-wise"), "--ptq mse+affine needs a scale for every channel; leave out"),
+        (("--ptq", "mse+affine+adaround", "--no-channel-wise"), "--ptq mse+affine+adaround needs a scale for every"),
         (("--ptq", "mse+balance", "--no-channel-wise"), "--ptq mse+balance needs a scale for every channel; leave out"),
         (("--ptq", "mse", "--ptq-setting", "slow"), "invalid choice: 'slow'"),
         (("--ptq", "mse", "--calib-images", "0"), "--calib-images"),

@@ -53,6 +53,8 @@ def parse_recipe(text: str) -> PtqRecipe:
     if len(set(parts)) < len(parts) or len(rounding) > 1:
         twice = len(set(rounding)) < 2
         raise _refusal(text, "names a part twice" if twice else f"has both {rounding[0]} and {rounding[1]}")
+    if AFFINE in parts and not rounding:
+        raise _refusal(text, f"has {AFFINE} without a rounding that it prepares for")
     weights, _, activations = calibrators[0].rpartition("/")
     weights = weights or ("mse" if activations in MSE_METHODS else "minmax")
     around = {part: part in parts for part in AROUND}

@@ -20,7 +20,7 @@ from utils.quantization_utils.ptq_recipe import PtqRecipe, parse_recipe
         ("bias+kl", PtqRecipe("minmax", "kl", bias=True)),
         ("mse+adaround", PtqRecipe("mse", "mse", rounding="adaround")),
         ("balance+mse+descent", PtqRecipe("mse", "mse", balance=True, rounding="descent")),
-        ("affine+mse", PtqRecipe("mse", "mse", affine=True)),
+        ("affine+mse+descent", PtqRecipe("mse", "mse", affine=True, rounding="descent")),
         ("block+equalize+mse/ema+bias", PtqRecipe("mse", "ema", equalize=True, bias=True, rounding="block")),
     ],
 )
@@ -56,6 +56,7 @@ def test_powers() -> None:
         ("mse+minmax", "has 2 calibrators"),
         ("mse+bias+bias", "names a part twice"),
         ("mse+adaround+adaround", "names a part twice"),
+        ("mse+balance+affine", "has affine without a rounding that it prepares for"),
         ("mse+adaround+block", "has both adaround and block"),
     ],
 )
