@@ -18,6 +18,13 @@ class Interrupted(Exception):
     """Work was asked to stop; what could be saved is saved.  The message says how to continue, if anything does."""
 
 
+def not_finite(job: str, place: str) -> UserError:
+    """What a job raises that meets NaN or infinity among activations.  place: the operator, or a layer."""
+    return UserError(
+        f"{job} met values that are not finite at {place}; check the weights and the images for NaN or infinity"
+    )
+
+
 def command_line(stopped: str = "stopped") -> Callable[[Callable[P, int]], Callable[P, int]]:
     """Decorator of a ``main`` that returns its exit code.
 

@@ -25,13 +25,14 @@ from math import log10
 import torch
 from torch import Tensor
 
-from utils.quantization_utils.channel_groups import EIGHT_BITS, Group, find_groups, layer_of
+from utils.quantization_utils.channel_groups import Group, find_groups, layer_of
 from utils.quantization_utils.channel_statistics import POWER, Seen, input_step, observe, output_power, weight_steps
 from utils.quantization_utils.equalize import by_input
 from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.fold_bn import fold
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import QuantLayer
+from utils.quantization_utils.quant_primitives import EIGHT_BITS
 
 STEPS, RATE = 200, 0.01  # of Adam on the matrix, in units of the channels' standard deviations
 SMALL = 1e-3  # least standard deviation of a channel, as a share of the largest

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, not_finite
 from utils.quantization_utils.coded import observer_for
 from utils.quantization_utils.observers import Range, is_finite
 from utils.quantization_utils.prepare import QuantizedModel
@@ -52,8 +52,5 @@ def calibrate(
 def _fix(name: str, found: Range, quantizer: Quantizer) -> None:
     x_min, x_max = found
     if not is_finite(x_min, x_max):
-        raise UserError(
-            f"calibration met values that are not finite at {name!r} (range {float(x_min)} to {float(x_max)}); "
-            "check the weights and the images for NaN or infinity"
-        )
+        raise not_finite("calibration", f"{name!r} (range {float(x_min)} to {float(x_max)})")
     quantizer.set_range(x_min, x_max)

@@ -9,8 +9,7 @@ from utils.quantization_utils.equalize import by_input, ceiling_of, commutes, pa
 from utils.quantization_utils.float_ops import Op
 from utils.quantization_utils.prepare import QuantizedModel
 from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
-
-EIGHT_BITS = 8  # from which on the rounding of weights hardly counts
+from utils.quantization_utils.quant_primitives import EIGHT_BITS
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import not_finite
 from utils.quantization_utils.bias_correction import limited
 from utils.quantization_utils.execution import channel_rows, run_ops
 from utils.quantization_utils.prepare import QuantizedModel
@@ -83,9 +83,7 @@ def observe(
             break
     bad = next((name for name, values in seen.items() if not bool(torch.isfinite(values.products).all())), None)
     if bad is not None:
-        raise UserError(
-            f"{job} met values that are not finite at {bad!r}; check the weights and the images for NaN or infinity"
-        )
+        raise not_finite(job, repr(bad))
     return seen
 
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 MIN_ACTIVATION_SCALE = 2.0**-24
 MIN_WEIGHT_SCALE = 2.0**-40
 BIAS_LIMIT = 2.0**30
+EIGHT_BITS = 8  # of weights: from which on their rounding hardly counts
 
 
 def int_range(bits: int, signed: bool) -> tuple[int, int]:

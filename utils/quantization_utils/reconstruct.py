@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, not_finite
 from utils.quantization_utils.adaround import Grid, pin_grid, with_scale, write_integers
 from utils.quantization_utils.bias_correction import bias_parameter, set_bias, shared_biases
 from utils.quantization_utils.blocks import Unit, block_units, layer_units
@@ -177,10 +177,7 @@ class _Trial:
         self.before, self.checked = walk.errors(unit)
         self.after = self.before
         if not torch.isfinite(self.before.sum() + self.power.sum()):
-            raise UserError(
-                f"reconstruction met values that are not finite at {unit.name!r}; "
-                "check the weights and the images for NaN or infinity"
-            )
+            raise not_finite("reconstruction", repr(unit.name))
         self.steps = 0
         self.kept = Found({}, {}, {}, {}, 0)
         self.biases = {name: grid.layer.integer_weights().bias for name, grid in self.grids.items()}

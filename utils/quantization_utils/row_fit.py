@@ -16,13 +16,12 @@ from utils.quantization_utils.blocks import Unit
 from utils.quantization_utils.least_squares import FEW_STARTS, STARTS, TRUSTS, Quadratic, solve
 from utils.quantization_utils.output_scales import ROWS, best_scales
 from utils.quantization_utils.quant_modules import evaluated_bias
-from utils.quantization_utils.quant_primitives import per_channel
+from utils.quantization_utils.quant_primitives import EIGHT_BITS, per_channel
 from utils.quantization_utils.reconstruction_fit import Found, Patience, Report, Settings, adam
 from utils.quantization_utils.rows import Rows, draw_positions, inputs_at, together
 from utils.quantization_utils.side_by_side import SideBySide, passes_in_float, run_unit
 
 PROBE_ROWS = 1 << 14
-EIGHT_BITS = 127  # largest integer from which on plain rounding is good enough
 CLEARLY = 0.97  # share of the error of least squares that learned rounding may leave at most to replace them
 
 
@@ -133,7 +132,7 @@ def fit_rows(
 def _is_solvable(rows: Rows, grid: Grid) -> bool:
     """Whether least squares apply: answers are known, integers few and the same in all rows, a scale per channel."""
     alike = not isinstance(grid.high, Tensor)
-    return rows.answers is not None and alike and grid.high < EIGHT_BITS and grid.layer.per_channel
+    return rows.answers is not None and alike and grid.layer.bits < EIGHT_BITS and grid.layer.per_channel
 
 
 @torch.no_grad()
