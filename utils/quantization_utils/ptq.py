@@ -51,7 +51,8 @@ def quantize_after_training(
         say(f"balanced channels: {balanced.groups} groups of tensors, noise foretold {balanced.decibels:.2f} dB lower")
     if recipe.affine:
         done = transform_streams(model, batches)
-        say(f"transformed linear streams: {done.streams}, noise foretold {done.decibels:.2f} dB lower")
+        gain = f", noise foretold {done.decibels:.2f} dB lower" if done.streams else " (the network has none)"
+        say(f"transformed linear streams: {done.streams}{gain}")
     reference = {key: value.clone() for key, value in model.model.state_dict().items()}
     images = calibrate(model, batches, recipe.activations, percentile, power)
     say(f"activation ranges: {recipe.activations} on {images} images")
