@@ -24,6 +24,7 @@ from math import log10
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.quantization_utils.channel_groups import Group, find_groups, layer_of
 from utils.quantization_utils.channel_statistics import POWER, Seen, input_step, observe, output_power, weight_steps
@@ -59,7 +60,7 @@ def transform_streams(model: QuantizedModel, batches: Iterable[Tensor]) -> Trans
     wanted |= {op.inputs[0] for group in groups for op in group.readers}
     seen = observe(model, batches, dict.fromkeys(wanted), "the affine transformation")
     gains = []
-    for group in groups:
+    for group in tqdm(groups, "affine transformation", unit="stream", leave=False, disable=None):
         matrix, gain = best_matrix(group, seen, _contained(model, group))
         gains.append(gain)
         for op in group.makers:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.errors import not_finite
 from utils.quantization_utils.bias_correction import limited
@@ -72,7 +73,7 @@ def observe(
     seen: dict[str, Seen] = {}
     left = IMAGES
     model.eval()
-    for batch in batches if tensors else ():
+    for batch in tqdm(batches, job, unit="batch", leave=False, disable=None) if tensors else ():
         for part in limited(model, [batch[:left]]):
             for op, (output,) in run_ops(model, [part], quantized=False):
                 if op.name in tensors:
