@@ -17,8 +17,15 @@ def _checked(b: Builder, node: fx.Node) -> list[fx.Node]:
     return sources(node)
 
 
+def _summands(b: Builder, node: fx.Node) -> list[fx.Node]:
+    """The operands of a sum or difference; refuses a factor ``alpha`` of the second one."""
+    if argument(node, 2, "alpha", 1) != 1:
+        raise b.refuse(node, "a factor alpha is not supported, multiply the operand instead")
+    return _checked(b, node)
+
+
 def _add(b: Builder, node: fx.Node, _: Any) -> list[Op]:
-    operands = _checked(b, node)
+    operands = _summands(b, node)
     if len(operands) == 1:  # x + x
         return [b.op(node, "add", repeat=2)]
     shape = shape_of(node)
@@ -41,7 +48,7 @@ def _expanded(b: Builder, node: fx.Node, operand: fx.Node) -> Op:
 
 def _sub(b: Builder, node: fx.Node, _: Any) -> list[Op]:
     """``x - y`` as ``x + (-y)``."""
-    operands = _checked(b, node)
+    operands = _summands(b, node)
     if len(operands) != 2 or shape_of(operands[0]) != shape_of(operands[1]):
         raise b.refuse(node, "only the difference of two tensors of one shape has an integer form")
     minus = b.step(node, "negative", "function", [operands[1].name], torch.neg, nonnegative=False)
@@ -147,6 +154,8 @@ def _sum(b: Builder, node: fx.Node, _: Any) -> list[Op]:
     count, shape = source[axis - 1], shape_of(node)
     if count > MAX_SUMMANDS:
         raise b.refuse(node, f"a sum over {count} slices is too long, at most {MAX_SUMMANDS} can be added")
+    if count == 1:
+        return [b.step(node, "", "move", [operand.name], _Slice(axis, 0, keep), shape=shape)]
     slices = [
         b.step(node, f"slice{i}", "move", [operand.name], _Slice(axis, i, keep), shape=shape) for i in range(count)
     ]

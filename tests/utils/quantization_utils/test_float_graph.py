@@ -86,6 +86,7 @@ CASES = {
         {"a": nn.ReLU()},
         ["clip", "concat", "move", "scale", "move", "move", "add"],
     ),
+    "sum of one": (lambda m, x: x[:, :1].sum(1, keepdim=True), {}, ["move", "move"]),
     "stack in front": (
         lambda m, x: torch.stack([x, m.a(x)], 0).mean(0),
         {"a": nn.ReLU()},
@@ -189,6 +190,8 @@ REFUSALS = {
         "keeps no running statistics",
     ),
     "linear on images": (lambda m, x: m.a(x), {"a": nn.Linear(6, 2)}, "a linear layer needs vectors"),
+    "alpha": (lambda m, x: torch.add(x, x.relu(), alpha=3), {}, "a factor alpha is not supported, multiply"),
+    "alpha of a difference": (lambda m, x: torch.sub(x, x.relu(), alpha=3), {}, "a factor alpha is not supported"),
     "division": (lambda m, x: x / (x + 1), {}, "operator truediv in the model's forward .* division by a tensor"),
     "parameter": (lambda m, x: x + m.a.bias.sum(), {"a": nn.Conv2d(4, 4, 1)}, "operand is a parameter or a constant"),
     "two outputs": (lambda m, x: (x, x), {}, "the model Forward cannot be quantized: it returns several values"),
