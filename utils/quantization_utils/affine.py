@@ -1,9 +1,10 @@
 """Affine transformation of linear streams: activations become other combinations of their channels, which round better.
 
-Between the layers that make a linear stream and those that read it lie only sums, as in inverted residual blocks.
-There any invertible matrix T may come in: the makers' output channels are multiplied by T, their readers' input
-channels by its inverse, and the float network stays the same.  What changes is the noise of rounding.  Summed over the
-readers r, each as a share of its output's variance, and over the makers m in front of each, it is foretold as
+Between the layers that make a linear stream and those that read it lie only sums (or average pools), as in inverted
+residual blocks.  There any invertible matrix T may come in: the makers' output channels are multiplied by T, their
+readers' input channels by its inverse, and the float network stays the same.  What changes is the noise of rounding.
+Summed over the readers r, each as a share of its output's variance, and over the makers m in front of each, it is
+foretold as
 
     sum over o of  s_ro^2 / 12  D(T G T')   +   q^2 / 12  |W_r T^-1|^2   +   sum over o of  s_mo^2 / 12  D_m  S_oo
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from utils.quantization_utils.float_ops import Op
+from utils.quantization_utils.float_ops import ComputedConv, Op
 from utils.quantization_utils.fold_bn import fold
 from utils.quantization_utils.prepare import QuantizedModel
-from utils.quantization_utils.quant_modules import Quantizer, QuantLayer
+from utils.quantization_utils.quant_modules import QuantBatchNorm, Quantizer, QuantLayer
 
 SWEEPS = 100
 CONVERGED = 1e-3  # largest |log s| of a sweep
@@ -80,16 +81,18 @@ def find_pairs(model: QuantizedModel) -> tuple[list[Pair], dict[str, str]]:
 
 
 def parameter_uses(model: QuantizedModel) -> Counter[int]:
-    """How many layers use a parameter, by its id."""
-    return Counter(id(p) for m in model.weight_layers().values() for p in _parameters(m))
+    """How many layers use a parameter, by the address of its values."""
+    return Counter(p.data_ptr() for m in model.weight_layers().values() for p in _parameters(m))
 
 
-def _parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """What equalisation would change: of a layer used twice these occur twice."""
-    if not isinstance(layer, QuantLayer):
-        return []
-    own = [layer.module, *([layer.bn] if layer.bn is not None else [])]
-    return [p for module in own for p in module.parameters()]
+def _parameters(layer: nn.Module) -> list[Tensor]:
+    """What must not be changed if another layer has it too: of a layer used twice these occur twice."""
+    assert isinstance(layer, QuantLayer | QuantBatchNorm)
+    norm: list[Tensor] = [] if layer.bn is None else list(layer.bn.parameters())
+    if isinstance(layer, QuantBatchNorm):
+        return norm
+    module: nn.Module = layer.module
+    return [*(module.stored() if isinstance(module, ComputedConv) else module.parameters()), *norm]
 
 
 def _only_reader(op: Op, readers: dict[str, list[Op]]) -> tuple[Op | None, str | None]:
@@ -114,9 +117,21 @@ def commutes(source: Op, op: Op) -> bool:
     """Whether an operator that reads ``source`` commutes with positive factors of channels, but for a ceiling."""
     if op.kind == "clip":
         return op.attrs["lo"] in (0, None)
-    if op.kind == "move":  # one that only flattens [C, 1, 1] to [C]
-        return len(op.shape) == 1 and source.shape == (*op.shape, *([1] * (len(source.shape) - 1)))
+    if op.kind == "move":
+        return _only_flattens(source, op)
     return op.kind in (*LINEAR_KINDS, "quantize")
+
+
+def _only_flattens(source: Op, op: Op) -> bool:
+    """Whether a movement makes [C] of [C, 1, 1], every channel in its place."""
+    if len(op.shape) != 1 or source.shape != (*op.shape, *([1] * (len(source.shape) - 1))):
+        return False
+    numbers = torch.arange(float(op.shape[0])).reshape(1, *source.shape)
+    try:
+        found = op.run(*[numbers if name == source.name else 1 for name in op.inputs])  # other operands: batch sizes
+    except (TypeError, IndexError, RuntimeError, ValueError):
+        return False
+    return isinstance(found, Tensor) and torch.equal(found.flatten(), numbers.flatten())
 
 
 def ceiling_of(op: Op) -> float | None:
@@ -131,7 +146,9 @@ def why_fixed(op: Op, uses: Counter[int], reads: bool = False) -> str | None:
     layer = op.module
     if not isinstance(layer, QuantLayer) or not isinstance(layer.module, nn.Conv2d | nn.Linear):
         return "its weights are computed, not stored"
-    if any(uses[id(p)] > 1 for p in _parameters(layer)):
+    if is_parametrized(layer.module):
+        return "its weights are computed by a parametrization"
+    if any(uses[p.data_ptr()] > 1 for p in _parameters(layer)):
         return "its weights are used twice"
     if not reads and layer.bn is not None and (layer.bn.weight is None or layer.bn.bias is None):
         return "its BatchNorm has no factors"

@@ -62,6 +62,14 @@ class Constant:
     def __call__(self) -> Any:
         return _constant(self.node, self.model)
 
+    def stored(self) -> list[Tensor]:
+        """The parameters and buffers it is computed from."""
+        nodes, found = [self.node], []
+        for node in nodes:
+            found += [node.meta["value"]] if node.op == "get_attr" else []
+            nodes += [source for source in node.all_input_nodes if source not in nodes]
+        return found
+
 
 def _constant(argument: Any, model: nn.Module) -> Any:
     if not isinstance(argument, fx.Node):
@@ -137,6 +145,11 @@ class ComputedConv(nn.Module):
         self.padding = padding if isinstance(padding, str) else pair(padding)
         self.groups = groups
         self.kernel_size = tuple(self.weight.shape[2:])
+
+    def stored(self) -> list[Tensor]:
+        """The parameters and buffers that weight and bias are computed from, as far as that is known."""
+        parts = [*self._weight, *self._bias]
+        return [tensor for part in parts if isinstance(part, Constant) for tensor in part.stored()]
 
     @property
     def weight(self) -> Tensor:
